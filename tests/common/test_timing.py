@@ -1,0 +1,57 @@
+import statistics
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.timing import Timing, measure, percentile
+
+values = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50)
+
+
+@given(values)
+def test_median_is_the_50th_percentile(xs):
+    assert percentile(xs, 50) == pytest.approx(statistics.median(xs), rel=1e-9, abs=1e-9)
+
+
+@given(values, st.floats(0, 100), st.floats(0, 100))
+def test_percentiles_grow_and_stay_in_range(xs, p, q):
+    low, high = sorted((p, q))
+    assert percentile(xs, low) <= percentile(xs, high) + 1e-9
+    assert min(xs) - 1e-9 <= percentile(xs, p) <= max(xs) + 1e-9
+
+
+@pytest.mark.parametrize(("xs", "q"), [([], 50), ([1.0], 101), ([1.0], -1)])
+def test_impossible_percentiles(xs, q):
+    with pytest.raises(ValueError):
+        percentile(xs, q)
+
+
+def test_counts_calls():
+    calls = []
+    timing = measure(lambda: calls.append(1), warmup=2, repeats=5)
+    assert len(calls) == 7 and len(timing.seconds) == 5
+
+
+def test_measures_the_work():
+    assert measure(lambda: time.sleep(0.02), warmup=0, repeats=3).median >= 0.02
+
+
+def test_spread_is_relative():
+    assert Timing((1.0, 2.0, 3.0)).spread == pytest.approx(0.5)
+
+
+def test_no_repeats():
+    with pytest.raises(ValueError):
+        measure(lambda: None, repeats=0)
+
+
+@pytest.mark.gpu
+def test_cuda_time_is_device_time_not_launch_time():
+    import torch
+
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    timing = measure(lambda: a @ a, device="cuda", repeats=10)
+    flops_per_s = 2 * 8192**3 / timing.median
+    assert 50e12 < flops_per_s < 5000e12, "a launch alone would look thousands of times faster"

@@ -313,9 +313,10 @@ def plot(path: str, rows: Sequence[dict], title: str) -> None:
     for precision in dict.fromkeys(row["precision"] for row in rows):
         line = [row for row in rows if row["precision"] == precision]
         x = [row["concurrency"] for row in line]
-        left.plot(x, [row["tokens_per_s"] for row in line], "o-", label=precision)
-        right.plot(x, [row["tpot_p50_ms"] for row in line], "o--", label=f"{precision} P50")
-        right.plot(x, [row["tpot_p99_ms"] for row in line], "o-", label=f"{precision} P99")
+        (curve,) = left.plot(x, [row["tokens_per_s"] for row in line], "o-", label=precision)
+        style = {"color": curve.get_color(), "marker": "o"}
+        right.plot(x, [row["tpot_p50_ms"] for row in line], "--", label=f"{precision} P50", **style)
+        right.plot(x, [row["tpot_p99_ms"] for row in line], "-", label=f"{precision} P99", **style)
     right.axhline(TARGET_TPOT_P50_MS, color="grey", linestyle=":", label="target P50")
     right.axhline(TARGET_TPOT_P99_MS, color="black", linestyle=":", label="target P99")
     left.set(title="output tokens/s", xlabel="requests at once", ylim=(0, None))
@@ -331,7 +332,8 @@ def demo(args: argparse.Namespace) -> int:
     """Complete the chapter's prompts, measure, print the claims."""
     machine = detect(args.device)
     quiet()
-    prepare_environment(machine, in_process=args.tensor_parallel in (None, 1))
+    ranks = args.tensor_parallel or 1
+    prepare_environment(machine, ranks, in_process=ranks == 1)
     model = models.dummy(args.dummy_weights) if args.dummy_weights else models.resolve(args.model, machine)
     sizes = sizes_for(machine, args.quick)
     precisions = ["none", "fp8"] if args.compare_bf16 else [args.quantization]
@@ -382,7 +384,7 @@ def demo(args: argparse.Namespace) -> int:
 def serve(args: argparse.Namespace, vllm_flags: Sequence[str]) -> int:
     """vLLM's OpenAI-compatible server with the chapter's settings, in `serving_layer.ServingLayer`."""
     machine = detect(args.device)
-    prepare_environment(machine)
+    prepare_environment(machine, args.tensor_parallel or 1)
     model = models.dummy(args.dummy_weights) if args.dummy_weights else models.resolve(args.model, machine)
     settings = engine_args(
         model, machine, quantization=args.quantization, tensor_parallel=args.tensor_parallel,

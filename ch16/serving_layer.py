@@ -259,22 +259,33 @@ class ServingLayer:
     async def _infer(self, scope: Scope, receive: Receive, send: Send) -> None:
         outcome = "cancelled"
         try:
-            try:
-                if self._draining:
-                    raise Refused(503, "the server is draining", {"retry-after": "1", "connection": "close"})
-                body = await self._read_body(scope, receive)
-                places = 1
-                if scope["path"] in self._fields or scope["path"] == "/generate":
-                    scope, body, send, places = self._check(scope, body, send)
-                self._admit(places)
-            except Refused as refusal:
-                outcome = "rejected" if refusal.status in (429, 503) else "invalid"
-                return await send_error(send, refusal)
-            except ClientGone:
-                return None
-            outcome = await self._forward(scope, replay(body, receive), send, places)
+            scope, body, answer, places = await self._accept(scope, receive, send)
+            outcome = await self._forward(scope, replay(body, receive), answer, places)
+        except ClientGone:
+            pass
+        except Refused as refusal:
+            outcome = "rejected" if refusal.status in (429, 503) else "invalid"
+            await send_error(send, refusal)
+        except Exception:
+            outcome = "error"
+            raise
         finally:
             self._metrics.requests.labels(outcome).inc()
+
+    async def _accept(self, scope: Scope, receive: Receive, send: Send) -> tuple[Scope, bytes, Send, int]:
+        """Read, check and admit a request. Returns what goes on to vLLM, and the places it takes.
+
+        Raises:
+            Refused: with the answer.
+            ClientGone: nobody waits for one.
+        """
+        if self._draining:
+            raise Refused(503, "the server is draining", {"retry-after": "1", "connection": "close"})
+        body, places = await self._read_body(scope, receive), 1
+        if scope["path"] in self._fields or scope["path"] == "/generate":
+            scope, body, send, places = self._check(scope, body, send)
+        self._admit(places)
+        return scope, body, send, places
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send, places: int) -> str:
         """Let vLLM answer, and return what became of it (see common.metrics.OUTCOMES)."""

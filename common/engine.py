@@ -13,11 +13,12 @@ GPU_MEMORY_UTILIZATION = 0.90  # the chapter's: the rest is for CUDA graphs, NCC
 CPU_KV_CACHE_GIB = 2  # vLLM would take 92% of the RAM
 
 
-def prepare_environment(machine: Machine, in_process: bool = False) -> None:
+def prepare_environment(machine: Machine, ranks: int = 1, in_process: bool = False) -> None:
     """Set vLLM's environment variables, except those the user has set.
 
     Args:
         machine: where the engine will run.
+        ranks: tensor-parallel ranks, as far as they are known before the model is.
         in_process: on a CPU, run the engine in this process (vllm.LLM only): it starts in a third of the
             time, and there is no second process to share two cores with.
     """
@@ -31,6 +32,7 @@ def prepare_environment(machine: Machine, in_process: bool = False) -> None:
         variables["VLLM_CPU_KVCACHE_SPACE"] = str(CPU_KV_CACHE_GIB)
         if in_process:
             variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if in_process or ranks > 1:  # vLLM's binding wants a core for each rank and one more
             variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     for name, value in variables.items():
         os.environ.setdefault(name, value)
@@ -44,6 +46,7 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TORCH_LOGS", "-all")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the processes that vLLM starts
     for category in (FutureWarning, UserWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import requests
 
+from common.gpu import detect
+
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 300
 
@@ -34,7 +36,10 @@ class Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"server-{self.port}.log"
-        command = command or (sys.executable, str(ROOT / "ch16" / "inference_serving.py"), "--serve")
+        if not command:
+            command = (sys.executable, str(ROOT / "ch16" / "inference_serving.py"), "--serve")
+            if detect().device == "cuda":  # several of these share the GPU
+                flags = (*flags, "--gpu-memory-utilization", "0.25")
         self._command = [*command, "--port", str(self.port), *flags]
         self._env = {**os.environ, **(env or {})}
         self.process: subprocess.Popen | None = None

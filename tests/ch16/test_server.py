@@ -140,7 +140,7 @@ def test_bad_body(server, path, body):
         {"prompt": ""}, {"prompt": []}, {"prompt": [10**8]}, {"prompt": [-1]}, {"prompt": [1, "a"]}, {"prompt": {}},
         {"prompt": "hello " * 5000}, {"prompt": "x" * 200_000}, {"prompt": "\ud800"}, {"bad_words": ["\ud800"]},
         {"n": 0}, {"n": 9}, {"n": 10**9}, {"temperature": -1}, {"temperature": 1e300}, {"top_p": 0}, {"top_k": -7},
-        {"logprobs": 1000}, {"logit_bias": {"99999999": 1}}, {"stop": [""]}, {"stop_token_ids": [2**40]},
+        {"logprobs": 1000}, {"logit_bias": {"99999999": 1}}, {"stop": [""]},
         {"seed": 2**70}, {"min_tokens": 100}, {"priority": "high"}, {"allowed_token_ids": []},
         {"structured_outputs": {"regex": "([a"}}, {"response_format": {"type": "poem"}}, {"prompt_embeds": "zzz"},
         {"typo_max_tokens": 5},
@@ -209,7 +209,7 @@ def test_client_leaves_in_mid_stream(server):
 def test_client_leaves_before_the_answer(server):
     cancelled = server.metric("inference_requests_total", outcome="cancelled")
     with pytest.raises(requests.Timeout):
-        requests.post(server.url + "/generate", json={"prompt": "Once", "max_tokens": 3000}, timeout=1)
+        requests.post(server.url + "/generate", json={"prompt": "Once", "max_tokens": 3000}, timeout=0.2)
     wait_for(lambda: server.metric("inference_requests_total", outcome="cancelled") == cancelled + 1)
 
 
@@ -322,8 +322,8 @@ def test_dead_engine_is_unhealthy_and_ends_the_server(tmp_path):
                 return True
 
         wait_for(unhealthy)
-        assert server.process.wait(60) == 1
-        assert server.tail(1).startswith("error: the engine died"), server.tail()
+        assert server.process.wait(60) == 1, server.tail()
+        assert "\nerror: the engine died (its log is above)\n" in server.log.read_text()
 
 
 def test_a_taken_port_is_one_line(server):

@@ -490,7 +490,7 @@ def main() -> int:
     engine.add_argument("--compare-bf16", action="store_true", help="demo: measure BF16 and FP8 in the same run")
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines")
-    server.add_argument("--port", type=int, default=8000)
+    server.add_argument("--port", type=int, default=8000, help="answers from the first second on, also while loading")
     server.add_argument("--max-queue", type=cli.non_negative_int, default=256, help="sequences that may wait; then 429")
     server.add_argument("--max-body-bytes", type=cli.positive_int, default=4 << 20, help="larger bodies get 413")
     server.add_argument(

@@ -188,7 +188,7 @@ def render(results: Path, table: str) -> str:
         block = content["tables"][table]
         columns, rows, title = [Column(**c) for c in block["columns"]], block["rows"], block["title"]
     body = format_table(rows, columns, markdown=True)
-    return f"{title}. Measured on {where}; {engine}; {content['date']}.\n\n{body}\n"
+    return f"\n{title}. Measured on {where}; {engine}; {content['date']}.\n\n{body}\n\n"
 
 
 def fill(text: str) -> str:

@@ -1,0 +1,178 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ch16 import inference_serving as serving
+from common.gpu import Machine, Peak
+from common.models import SHAPES, Model
+
+SCRIPT = str(Path(serving.__file__))
+H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", 1, 80 << 30, 16, (9, 0), True, True, Peak())
+EIGHT = Machine("cuda", "NVIDIA H100 80GB HBM3", 8, 80 << 30, 16, (9, 0), True, True, Peak())
+CPU = Machine("cpu", "a CPU", 1, 16 << 30, 2, None, True, False, Peak())
+LARGE = Model("p", "deepseek-coder-33b", SHAPES["deepseek-coder-33b"], dummy=True)
+SMALL = Model("p", "llama-3-8b", SHAPES["llama-3-8b"], dummy=True)
+
+
+def run(*flags):
+    return subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True, cwd="/", check=False)
+
+
+# ---- the figures of a wave ----
+
+
+def test_figures_by_hand():
+    """Two requests sent at 0 and 1 s; tokens at 2, 3, 5 s and at 4, 4.5, 6 s."""
+    row = serving.summarise([0.0, 1.0], [[2.0, 3.0, 5.0], [4.0, 4.5, 6.0]], gpus=2)
+    assert row["concurrency"] == 2
+    assert row["tokens_per_s"] == pytest.approx(6 / 6.0) and row["tokens_per_s_gpu"] == pytest.approx(0.5)
+    assert row["ttft_p50_ms"] == pytest.approx(2500)  # 2 and 3 s
+    assert row["tpot_p50_ms"] == pytest.approx(1250)  # (5-2)/2 and (6-4)/2
+    assert row["itl_p99_ms"] == pytest.approx(1985)  # of 1, 2, 0.5, 1.5
+    assert row["e2e_p99_ms"] == pytest.approx(5000)
+
+
+def test_a_single_token_has_no_tpot():
+    with pytest.raises(ValueError):
+        serving.summarise([0.0], [[1.0]], gpus=1)
+
+
+def test_random_prompts_are_reproducible_and_share_nothing():
+    prompts = serving.random_prompts(8, 16, 1000, seed=3)
+    assert prompts == serving.random_prompts(8, 16, 1000, seed=3)
+    assert len({tuple(p) for p in prompts}) == 8 and all(0 <= t < 1000 for p in prompts for t in p)
+
+
+# ---- the search for the best concurrency ----
+
+
+def machine_with_knee(knee, calls):
+    """TPOT grows with concurrency and breaks its target above the knee; throughput always grows."""
+
+    def wave(n):
+        calls.append(n)
+        tpot = 10.0 if n <= knee else 60.0
+        return {"concurrency": n, "tokens_per_s": float(n), "tpot_p50_ms": tpot, "tpot_p99_ms": tpot}
+
+    return wave
+
+
+@given(st.integers(0, 600), st.integers(1, 64), st.integers(1, 600))
+def test_search_finds_the_knee(knee, first, limit):
+    calls = []
+    rows = serving.search_concurrency(machine_with_knee(knee, calls), first, limit, bisections=10)
+    assert len(calls) == len(set(calls)) == len(rows) <= 21 and max(calls) <= limit
+    best = serving.best_row(rows)
+    if min(first, limit) <= knee:
+        # The bisection stops at a gap of a tenth.
+        assert best["concurrency"] <= min(knee, limit) <= max(best["concurrency"] * 1.12, best["concurrency"] + 2)
+    elif serving.meets_targets(best):
+        assert best["concurrency"] <= knee
+
+
+def test_if_nothing_meets_the_targets_the_least_bad_is_shown():
+    rows = serving.search_concurrency(machine_with_knee(0, []), 4, 64)
+    assert not serving.meets_targets(serving.best_row(rows))
+
+
+# ---- the claims ----
+
+
+def best(tokens_per_s=5000.0, p50=40.0, p99=60.0, busy=90.0, gpus=1):
+    return {
+        "tokens_per_s": tokens_per_s, "tokens_per_s_gpu": tokens_per_s / gpus,
+        "tpot_p50_ms": p50, "tpot_p99_ms": p99, "utilization": busy,
+    }  # fmt: skip
+
+
+def verdicts(*args):
+    return {v.claim: v.verdict for v in serving.claims(*args)}
+
+
+def test_claims_on_a_cpu_are_never_decided():
+    assert set(verdicts(best(), SMALL, CPU).values()) == {"n/a"}
+    assert all(v.reason for v in serving.claims(best(), SMALL, CPU))
+
+
+def test_claims_of_a_small_model_are_never_decided():
+    assert set(verdicts(best(), SMALL, EIGHT).values()) == {"n/a"}
+
+
+@pytest.mark.parametrize(
+    ("row", "machine", "expected"),
+    [
+        (best(), H100, {"S1": "n/a", "S2": "holds", "S3": "holds", "S4": "holds"}),
+        (best(16000.0, gpus=8), EIGHT, {"S1": "holds", "S2": "holds", "S3": "holds", "S4": "holds"}),
+        (best(14999.0, 50.0, 100.0, 99.0, 8), EIGHT, dict.fromkeys(("S1", "S2", "S3", "S4"), "fails")),
+        (best(busy=None), H100, {"S1": "n/a", "S2": "holds", "S3": "holds", "S4": "n/a"}),
+    ],
+)
+def test_claims_of_the_33b_model(row, machine, expected):
+    assert verdicts(row, LARGE, machine) == expected
+
+
+# ---- the command line ----
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--nonsense",), ("--demo", "--serve"), ("--tensor-parallel", "0"), ("--serve", "--json", "x"),
+        ("--compare-bf16", "--quantization", "fp8"), ("--device", "tpu"), ("--serve", "--max-queue", "-1"),
+    ],
+)  # fmt: skip
+def test_usage_errors_exit_with_2(flags):
+    done = run(*flags)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--device", "cuda"), "no GPU found"),
+        (("--model", "no/such/folder"), "no model 'no/such/folder'"),
+        (("--model", "/tmp"), "it has no config.json"),
+        (("--dummy-weights", "gpt-99"), "no shape 'gpt-99'"),
+        (("--device", "cpu", "--quantization", "fp8"), "has no FP8 units"),
+        (("--device", "cpu", "--tensor-parallel", "2"), "9 attention heads do not divide"),
+        (("--device", "cpu", "--compare-bf16"), "has no FP8 units"),
+        (("--serve", "--device", "cpu", "--port", "70000"), "cannot listen on 127.0.0.1:70000"),
+    ],
+)
+def test_failures_are_one_line_and_exit_with_1(flags, message):
+    if flags == ("--device", "cuda") and serving.detect().device == "cuda":
+        pytest.skip("this machine has a GPU")
+    done = run(*flags)
+    assert done.returncode == 1 and message in done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+
+
+def test_help_shows_every_flag_and_its_default():
+    done = run("--help")
+    assert done.returncode == 0
+    for text in ("--quick", "--dummy-weights", "--drain-timeout", "(default: 8000)"):
+        assert text in done.stdout
+
+
+# ---- the demo, for real ----
+
+
+@pytest.mark.slow
+def test_demo_on_two_ranks(tmp_path):
+    """Tensor parallelism over two CPU processes, random weights; the JSON holds what was printed."""
+    file, picture = tmp_path / "out.json", tmp_path / "out.png"
+    flags = ("--dummy-weights", "tiny-llama", "--tensor-parallel", "2", "--device", "cpu", "--quick")
+    done = run(*flags, "--json", str(file), "--plot", str(picture))
+    assert done.returncode == 0, done.stderr[-3000:]
+    content = json.loads(file.read_text())
+    assert content["settings"]["tensor_parallel"] == 2 and content["settings"]["dummy_weights"] is True
+    rows = content["tables"]["load"]["rows"]
+    assert rows and all(f"{row['tokens_per_s']:,.0f}" in done.stdout for row in rows)
+    assert [claim["claim"] for claim in content["claims"]] == ["S1", "S2", "S3", "S4"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "random weights: speed only" in done.stdout and "Prompt:" not in done.stdout

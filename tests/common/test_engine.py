@@ -1,0 +1,73 @@
+import pytest
+
+from common import engine
+from common.cli import CannotRun
+from common.gpu import Machine
+from common.models import SHAPES, Model
+
+H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", 8, 80 << 30, 16, (9, 0), True, True)
+A100 = Machine("cuda", "NVIDIA A100-SXM4-80GB", 1, 80 << 30, 16, (8, 0), True, False)
+CPU = Machine("cpu", "a CPU", 1, 16 << 30, 2, None, True, False)
+MODEL = Model("path", "deepseek-coder-33b", SHAPES["deepseek-coder-33b"])
+TINY = Model("path", "tiny-llama", SHAPES["tiny-llama"], dummy=True)
+
+
+def test_eight_gpus_get_the_chapters_settings():
+    args = engine.engine_args(MODEL, H100)
+    assert args["tensor_parallel_size"] == 8 and args["gpu_memory_utilization"] == 0.9
+    assert args["enforce_eager"] is False and args["enable_prefix_caching"] is True
+    assert (args["quantization"], args["kv_cache_dtype"], args["max_model_len"]) == ("fp8", "fp8", 4096)
+
+
+def test_no_fp8_without_fp8_units():
+    small = Model("path", "deepseek-coder-6.7b", SHAPES["deepseek-coder-6.7b"])
+    assert "quantization" not in engine.engine_args(small, A100)
+    with pytest.raises(CannotRun, match="no FP8 units"):
+        engine.engine_args(small, A100, quantization="fp8")
+
+
+def test_bf16_on_request():
+    assert "quantization" not in engine.engine_args(MODEL, H100, quantization="none")
+
+
+def test_cpu_is_eager_and_small():
+    args = engine.engine_args(TINY, CPU)
+    assert args["enforce_eager"] is True and args["max_num_seqs"] == 32 and "gpu_memory_utilization" not in args
+    assert args["load_format"] == "dummy" and args["max_model_len"] == 2048
+
+
+@pytest.mark.parametrize(
+    ("model", "machine", "settings", "message"),
+    [
+        (MODEL, A100, {}, "does not fit: 62 GiB|does not fit"),
+        (MODEL, CPU, {}, "does not fit: 62 GiB of weights on each of 1, this machine has 14 GiB"),
+        (MODEL, A100, {"tensor_parallel": 2}, "this machine has 1"),
+        (MODEL, H100, {"tensor_parallel": 3}, "cannot be sharded over 3 ranks"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_it_starts(model, machine, settings, message):
+    if machine is A100 and not settings:
+        machine = Machine("cuda", "NVIDIA A100-SXM4-40GB", 1, 40 << 30, 16, (8, 0), True, False)
+    with pytest.raises(CannotRun, match=message):
+        engine.engine_args(model, machine, **settings)
+
+
+def test_flags_are_vllms():
+    args = {"model": "p", "enforce_eager": True, "enable_prefix_caching": False, "max_num_seqs": 4}
+    expected = ["--model", "p", "--enforce-eager", "--no-enable-prefix-caching", "--max-num-seqs", "4"]
+    assert engine.as_flags(args) == expected
+
+
+def test_what_the_user_has_set_stays(monkeypatch):
+    for name in ("VLLM_NO_USAGE_STATS", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_ENABLE_V1_MULTIPROCESSING"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    environment = engine.os.environ
+    engine.prepare_environment(CPU, ranks=2)
+    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "7" and environment["VLLM_WORKER_MULTIPROC_METHOD"] == "fork"
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in environment
+    for name in ("VLLM_NO_USAGE_STATS", "VLLM_CPU_OMP_THREADS_BIND"):
+        monkeypatch.delenv(name)

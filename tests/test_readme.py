@@ -1,0 +1,122 @@
+"""The READMEs are true: tables equal the JSON, links resolve, every command runs, the locks match requirements.txt."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common import results
+from common.gpu import detect
+from tests.servers import Server
+
+ROOT = Path(__file__).resolve().parent.parent
+READMES = {str(path.relative_to(ROOT)): path.read_text() for path in results.READMES}
+
+
+def commands():
+    """Every line of every ```bash block, without its comment."""
+    for text in READMES.values():
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+            for line in block.splitlines():
+                if words := shlex.split(line, comments=True):
+                    yield words, "# GPU" in line
+
+
+COMMANDS = list(dict.fromkeys((tuple(words), gpu) for words, gpu in commands()))
+SCRIPTS = [(c, gpu) for c, gpu in COMMANDS if c[0] == "python3" and "--serve" not in c]
+SERVERS = [c for c, _ in COMMANDS if "--serve" in c]
+CURLS = [c for c, _ in COMMANDS if c[0] == "curl"]
+MAKES = [c for c, _ in COMMANDS if c[0] == "make"]
+
+
+def test_every_command_is_of_a_kind_that_is_run_here():
+    known = {c for c, _ in SCRIPTS} | {*SERVERS, *CURLS, *MAKES, (".", ".venv/bin/activate")}
+    assert {c for c, _ in COMMANDS} == known and len(SERVERS) == 1 and CURLS and MAKES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "gpu"), SCRIPTS, ids=lambda value: " ".join(value) if isinstance(value, tuple) else ""
+)
+def test_script(command, gpu):
+    """In its --quick form; a command for GPUs says in one line on a CPU why it cannot run."""
+    done = run([sys.executable, *command[1:], *(() if "--quick" in command else ("--quick",))])
+    if gpu and detect().device == "cpu":
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    else:
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "Claims of the chapter" in done.stdout and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_server_and_what_is_asked_of_it(tmp_path):
+    (command,) = SERVERS
+    flags = [word for word in command[2:] if word not in ("--serve", "--port", "8000")]
+    with Server(tmp_path, *flags) as server:
+        for curl in CURLS:
+            done = run([word.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}") for word in (*curl, "--fail")])
+            assert done.returncode == 0 and done.stdout, curl
+
+
+@pytest.mark.slow
+def test_make_demo():
+    done = run(["make", "demo", "ARGS=--quick --dummy-weights tiny-llama"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Claims of the chapter" in done.stdout
+
+
+def test_every_make_target_named_in_a_readme_exists():
+    named = {word for text in READMES.values() for word in re.findall(r"\bmake ([a-z-]+)\b", text)} - {"python3-venv"}
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"demo", "test", "install"} <= named <= targets
+    listed = run(["make", "help"]).stdout
+    assert all(f"make {target} " in listed for target in named)
+
+
+def run(command):
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ, timeout=500, check=False)
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_tables_equal_the_json(name):
+    assert "<!-- results: " in READMES[name]
+    assert results.fill(READMES[name]) == READMES[name], "run: make tables"
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_links_and_anchors_resolve(name):
+    for target in re.findall(r"\]\(([^)]+)\)", READMES[name]):
+        path, _, anchor = target.partition("#")
+        file = (ROOT / name).parent / path
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, target
+
+
+def requirements(stack):
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        requirement, _, marker = line.split("#")[0].partition(";")
+        if requirement.strip() and (not marker or ("==" in marker) == (stack == "cpu")):
+            name, version = requirement.strip().split("==")
+            yield name.split("[")[0], version
+
+
+@pytest.mark.parametrize("stack", ["cpu", "gpu"])
+def test_locks_match_requirements(stack):
+    locked = {}
+    for lock in (ROOT / "requirements").glob(f"{stack}*.lock"):
+        pinned = re.findall(r"^([a-z0-9-]+)==(\S+)[^\n]*\\\n\s+--hash=sha256:", lock.read_text(), re.MULTILINE)
+        locked |= dict(pinned)
+    assert locked, "every entry carries a hash"
+    for name, version in requirements(stack):
+        assert locked.get(name) == version, f"{name}: run make lock"
+
+
+def test_requirements_say_who_uses_them():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert all("#" in line for line in lines if line.strip())

@@ -27,11 +27,10 @@ import gc
 import itertools
 import math
 import random
-import signal
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -42,6 +41,9 @@ from common.gpu import Machine, UtilizationSampler, detect
 from common.models import Model
 from common.results import Column, Report, Verdict, judge, not_applicable
 from common.timing import percentile
+
+if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment that prepare_environment sets
+    from vllm import LLM
 
 # ---- configuration: the chapter's prompts, sampling parameters and targets ----
 
@@ -82,7 +84,7 @@ def sizes_for(machine: Machine, quick: bool) -> Sizes:
 # ---- mechanism: the engine, the completions, one wave of load, the search for the best one ----
 
 
-def start_engine(settings: dict[str, object]) -> tuple["vllm.LLM", float]:  # noqa: F821 (imported when needed)
+def start_engine(settings: dict[str, object]) -> tuple["LLM", float]:
     """A vLLM engine and the seconds it took to start."""
     started = time.perf_counter()
     print(f"\nstarting vLLM (tensor parallel {settings['tensor_parallel_size']}) ...", file=sys.stderr, flush=True)
@@ -96,14 +98,14 @@ def start_engine(settings: dict[str, object]) -> tuple["vllm.LLM", float]:  # no
     return llm, time.perf_counter() - started
 
 
-def stop_engine(llm: "vllm.LLM") -> None:  # noqa: F821
+def stop_engine(llm: "LLM") -> None:
     """Give the engine's memory back, so that another one can start."""
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
 
 
-def complete(llm: "vllm.LLM", max_tokens: int, seed: int) -> None:  # noqa: F821
+def complete(llm: "LLM", max_tokens: int, seed: int) -> None:
     """Print each of the chapter's prompts with its completion."""
     from vllm import SamplingParams
 
@@ -124,7 +126,7 @@ def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[
 
 
 def send_wave(
-    llm: "vllm.LLM",  # noqa: F821
+    llm: "LLM",
     prompts: Sequence[Sequence[int]],
     tokens_out: int,
     on_token: Callable[[int], object] = lambda n: None,
@@ -243,7 +245,7 @@ LOAD_COLUMNS = (
 )
 
 
-def capacity(llm: "vllm.LLM", tokens: int) -> int:  # noqa: F821
+def capacity(llm: "LLM", tokens: int) -> int:
     """How many sequences of `tokens` tokens run at once: KV blocks and batch slots, whichever ends first."""
     config = llm.llm_engine.vllm_config
     blocks = config.cache_config.num_gpu_blocks
@@ -251,7 +253,7 @@ def capacity(llm: "vllm.LLM", tokens: int) -> int:  # noqa: F821
     return max(1, min(config.scheduler_config.max_num_seqs, blocks // each))
 
 
-def measure_load(llm: "vllm.LLM", model: Model, machine: Machine, sizes: Sizes, seed: int) -> list[dict]:  # noqa: F821
+def measure_load(llm: "LLM", model: Model, machine: Machine, sizes: Sizes, seed: int) -> list[dict]:
     """Waves of random prompts at growing concurrency; rows as in LOAD_COLUMNS."""
 
     def wave(concurrency: int) -> dict[str, float]:
@@ -382,7 +384,7 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def serve(args: argparse.Namespace, vllm_flags: Sequence[str]) -> int:
-    """vLLM's OpenAI-compatible server with the chapter's settings, in `serving_layer.ServingLayer`."""
+    """vLLM's OpenAI-compatible server with the chapter's settings, in our layer (`ch16/serving`)."""
     machine = detect(args.device)
     prepare_environment(machine, args.tensor_parallel or 1)
     model = models.dummy(args.dummy_weights) if args.dummy_weights else models.resolve(args.model, machine)
@@ -392,7 +394,8 @@ def serve(args: argparse.Namespace, vllm_flags: Sequence[str]) -> int:
     )  # fmt: skip
 
     # The port is taken, and answers "loading", before the minutes of loading begin.
-    from ch16.serving_layer import LoadingResponder, ServerSettings
+    from ch16.serving.layer import ServerSettings
+    from ch16.serving.process import LoadingResponder, listen, run_vllm_server
 
     listener = listen(args.host, args.port)
     responder = LoadingResponder(listener)
@@ -408,65 +411,11 @@ def serve(args: argparse.Namespace, vllm_flags: Sequence[str]) -> int:
         *("--host", args.host, "--port", str(args.port)),
         *("--served-model-name", model.name),
         *("--scheduling-policy", "priority"),  # without priorities in the requests the same as first come first served
-        *("--middleware", "ch16.serving_layer.ServingLayer"),
+        *("--middleware", "ch16.serving.layer.ServingLayer"),
         "--enable-request-id-headers",
         "--disable-uvicorn-access-log",
     ]
     return run_vllm_server([*flags, *vllm_flags], chapter, listener)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket, not yet listening.
-
-    Raises:
-        CannotRun: the port is taken or not ours to take.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except (OSError, OverflowError) as error:
-        listener.close()
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CannotRun(f"cannot listen on {host}:{port}: {reason}; choose another --port") from None
-    return listener
-
-
-def run_vllm_server(flags: Sequence[str], chapter: "ServerSettings", listener: socket.socket) -> int:  # noqa: F821
-    """Run vLLM's API server on a bound socket until a signal stops it; returns the exit status."""
-    import uvloop
-    from vllm.entrypoints.openai.api_server import run_server_worker
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    try:
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    except ImportError:  # before vLLM 0.30
-        from vllm.entrypoints.openai.cli_args import make_arg_parser
-
-    parser = make_arg_parser(FlexibleArgumentParser(prog="inference_serving.py --serve"))
-    args = parser.parse_args(flags)
-    if (args.api_server_count or 1) > 1 or args.headless:
-        parser.error("--serve runs one API server; start several replicas behind load_balancer.py instead")
-    args.chapter = chapter
-
-    def stop_loading(*_: object) -> None:
-        chapter.stopped_by_signal = True
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop_loading)  # until the layer takes over, there is nothing to drain
-    address = f"http://{args.host}:{args.port}"
-    try:
-        # uvicorn gives what is left after the drain this long to notice that it is cancelled.
-        uvloop.run(run_server_worker(address, listener, args, timeout_graceful_shutdown=2))
-    except KeyboardInterrupt:
-        return 0 if chapter.stopped_by_signal else 130
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CannotRun(f"the server failed: {lines[0]} (its log is above)") from None
-    if not chapter.stopped_by_signal:
-        raise CannotRun("the engine died (its log is above)")
-    return 0
 
 
 def main() -> int:

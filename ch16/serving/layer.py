@@ -1,10 +1,10 @@
-"""The layer that `inference_serving.py --serve` puts around vLLM's OpenAI-compatible server.
+"""The ASGI middleware around vLLM's OpenAI-compatible server.
 
-vLLM accepts ASGI middleware by import path (`--middleware`). This one adds what a production server needs
-and vLLM's does not have, and touches the engine nowhere:
+vLLM accepts middleware by import path (`--middleware`). This one adds what a production server needs and
+vLLM's does not have, and touches the engine nowhere:
 
     POST /generate     a short spelling of /v1/completions
-    GET  /ready        takes traffic? 503 while loading and while draining (/health only says "alive")
+    GET  /ready        takes traffic? 503 while draining (and while loading, see process.py)
     /metrics           the chapter's four inference_* metrics beside vLLM's own
     429, 413, 400      a bound on queued work, on body and prompt size; unknown fields are refused
     SIGTERM            no new requests, those in flight finish, exit 0
@@ -18,29 +18,23 @@ import json
 import math
 import os
 import secrets
-import select
 import signal
-import socket
-import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from prometheus_client import REGISTRY
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
+from ch16.serving import bodies
+from ch16.serving.asgi import Message, Receive, Scope, Send, header, redirect, replay, send_json
+from ch16.serving.bodies import GenerateEvents, GenerateRequest, Refused
 from common.metrics import InferenceMetrics, Rate
-
-Scope = dict
-Message = dict
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 OPEN_PATHS = {"/health", "/ready", "/ping", "/version", "/metrics"}  # probes and scrapers carry no key
 # Every other POST is inference work, so that a route added by a new vLLM is bounded and counted, too.
 MANAGEMENT_PATHS = {"/tokenize", "/detokenize", "/v1/messages/count_tokens", "/start_profile", "/stop_profile"}
 BODY_TIMEOUT_S = 30.0
-MAX_INTEGER = 2**63 - 1  # what the engine can hold
 
 
 @dataclass
@@ -55,166 +49,8 @@ class ServerSettings:
     stopped_by_signal: bool = field(default=False, init=False)  # set on SIGTERM or SIGINT: exit 0
 
 
-class Refused(Exception):
-    """An answer of 4xx or 503 given before vLLM sees the request."""
-
-    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.headers = dict(headers or {})
-
-
 class ClientGone(Exception):
     """The client closed the connection before its request was complete."""
-
-
-# ---------------------------------------------------------------------------------------------------------
-# POST /generate: its request, and its answer made from that of /v1/completions
-# ---------------------------------------------------------------------------------------------------------
-
-
-class GenerateRequest(BaseModel):
-    """Body of POST /generate. Defaults are the chapter's sampling parameters."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    prompt: str = Field(min_length=1)
-    max_tokens: int = Field(default=128, ge=1)
-    temperature: float = Field(default=0.8, ge=0, le=2)
-    top_p: float = Field(default=0.95, gt=0, le=1)
-    priority: int = Field(default=0, ge=-(2**31), lt=2**31)  # lower goes first
-    stream: bool = False
-
-    def as_completion(self, model: str) -> dict:
-        """The same request for /v1/completions."""
-        body = {"model": model, **self.model_dump()}
-        return body | {"stream_options": {"include_usage": True}} if self.stream else body
-
-
-def generate_answer(completion: Mapping) -> dict:
-    """The answer of /generate, from a whole answer of /v1/completions."""
-    choice, usage = completion["choices"][0], completion["usage"]
-    return {
-        "text": choice["text"],
-        "prompt_tokens": usage["prompt_tokens"],
-        "completion_tokens": usage["completion_tokens"],
-        "finish_reason": choice["finish_reason"],
-    }
-
-
-class GenerateEvents:
-    """Server-sent events of /v1/completions, rewritten as those of /generate.
-
-    Each event carries `text`; the last one also `finish_reason` and the token counts; then `[DONE]`.
-    """
-
-    def __init__(self) -> None:
-        self._buffer = b""
-        self._finish_reason: str | None = None
-
-    def feed(self, chunk: bytes) -> bytes:
-        """Take bytes as they arrive (an event may be cut anywhere) and return the events that are complete."""
-        *events, self._buffer = (self._buffer + chunk).split(b"\n\n")
-        return b"".join(self._rewrite(event) for event in events)
-
-    def _rewrite(self, event: bytes) -> bytes:
-        data = event.removeprefix(b"data: ")
-        if data == event or data == b"[DONE]":  # a comment, or the end
-            return event + b"\n\n"
-        content = json.loads(data)
-        if "choices" not in content:  # an error in mid-stream
-            return event + b"\n\n"
-        text = "".join(choice["text"] for choice in content["choices"])
-        for choice in content["choices"]:
-            self._finish_reason = choice.get("finish_reason") or self._finish_reason
-        answer: dict = {"text": text}
-        if usage := content.get("usage"):
-            answer["finish_reason"] = self._finish_reason
-            answer |= {key: usage[key] for key in ("prompt_tokens", "completion_tokens")}
-        return b"data: " + json.dumps(answer).encode() + b"\n\n"
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Checks on a body
-# ---------------------------------------------------------------------------------------------------------
-
-
-def parse_body(body: bytes) -> dict:
-    """The JSON object in `body`.
-
-    Raises:
-        Refused: not JSON, not an object, or with a number or a text that no engine can hold
-            (NaN, more than 64 bits, half a surrogate pair).
-    """
-
-    def integer(digits: str) -> int:
-        value = int(digits) if len(digits) < 24 else MAX_INTEGER + 1
-        if not -MAX_INTEGER - 1 <= value <= MAX_INTEGER:
-            raise Refused(400, "an integer in the body has more than 64 bits")
-        return value
-
-    def constant(name: str) -> None:
-        raise Refused(400, f"{name} is not a JSON number")
-
-    try:
-        content = json.loads(body, parse_int=integer, parse_constant=constant)
-    except (ValueError, RecursionError) as error:
-        raise Refused(400, f"the body is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise Refused(400, "the body must be a JSON object")
-    if b"\\ud" in body.lower():
-        try:
-            json.dumps(content, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise Refused(400, "a string in the body holds half a surrogate pair") from None
-    return content
-
-
-def known_fields() -> dict[str, frozenset[str]]:
-    """For each JSON endpoint the fields that vLLM or the OpenAI API defines.
-
-    A field that neither knows is a typing error, and ignoring it would answer another question than was asked.
-    """
-    from openai.types import completion_create_params
-    from openai.types.chat import completion_create_params as chat_create_params
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-
-    def names(model: type[BaseModel], openai_params: type) -> frozenset[str]:
-        aliases = {f.alias for f in model.model_fields.values() if f.alias}
-        return frozenset({*model.model_fields, *aliases, *openai_params.__annotations__, "stream"})
-
-    return {
-        "/v1/completions": names(CompletionRequest, completion_create_params.CompletionCreateParamsBase),
-        "/v1/chat/completions": names(ChatCompletionRequest, chat_create_params.CompletionCreateParamsBase),
-    }
-
-
-def sequences(content: Mapping) -> int:
-    """How many sequences a completion request asks for: prompts times `n`."""
-    prompt, n = content.get("prompt"), content.get("n")
-    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
-    return prompts * (n if isinstance(n, int) and n > 0 else 1)
-
-
-def prompt_chars(content: Mapping) -> int:
-    """Characters of all texts in `prompt` or `messages`; a token id counts as one."""
-
-    def length(value: object) -> int:
-        if isinstance(value, str):
-            return len(value)
-        if isinstance(value, Mapping):
-            return sum(length(v) for v in value.values())
-        if isinstance(value, list):
-            return len(value) if value and isinstance(value[0], int) else sum(map(length, value))
-        return 0
-
-    return length(content.get("prompt")) + length(content.get("messages"))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The layer
-# ---------------------------------------------------------------------------------------------------------
 
 
 class ServingLayer:
@@ -341,7 +177,7 @@ class ServingLayer:
         content_type = header(scope, b"content-type").split(";")[0].strip().lower()
         if content_type != "application/json":
             raise Refused(415, f"content-type must be application/json, not {content_type or 'missing'}")
-        content = parse_body(body)
+        content = bodies.parse_body(body)
         if scope["path"] == "/generate":
             try:
                 request = GenerateRequest.model_validate(content)
@@ -360,9 +196,9 @@ class ServingLayer:
             value = content.get(name)
             if isinstance(value, int) and value > self._context:
                 raise Refused(400, f"{name} is {value}, the context has {self._context} tokens")
-        if (length := prompt_chars(content)) > self._max_prompt_chars:
+        if (length := bodies.prompt_chars(content)) > self._max_prompt_chars:
             raise Refused(400, f"the prompt has {length} characters, at most {self._max_prompt_chars} are taken")
-        return scope, body, send, sequences(content)
+        return scope, body, send, bodies.sequences(content)
 
     def _admit(self, places: int) -> None:
         """Refuse what would wait in a queue that is full already."""
@@ -433,7 +269,7 @@ class ServingLayer:
         self._max_prompt_chars = self._settings.max_prompt_chars or 32 * self._context
         keys = args.api_key or [os.environ.get("VLLM_API_KEY", "")]
         self._key_digests = [hashlib.sha256(key.encode()).digest() for key in keys if key]
-        self._fields = known_fields()
+        self._fields = bodies.known_fields()
 
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stop, self._settings.drain_timeout_s)
@@ -478,33 +314,6 @@ class ServingLayer:
             await asyncio.sleep(1.0)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# ASGI in small pieces
-# ---------------------------------------------------------------------------------------------------------
-
-
-def header(scope: Scope, name: bytes) -> str:
-    """A request header's value, or an empty string. Names are lower-case, as ASGI has them."""
-    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
-
-
-def replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives a body already read, then whatever else comes (the disconnect)."""
-    pending: Iterator[Message] = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-    async def receive_again() -> Message:
-        return next(pending, None) or await receive()
-
-    return receive_again
-
-
-def redirect(scope: Scope, path: str, length: int) -> Scope:
-    """The same request at another path, with a body of another length."""
-    headers = [(k, v) for k, v in scope["headers"] if k != b"content-length"]
-    headers.append((b"content-length", str(length).encode()))
-    return {**scope, "path": path, "raw_path": path.encode(), "headers": headers}
-
-
 def translate(send: Send, stream: bool) -> Send:
     """A `send` that turns an answer of /v1/completions into one of /generate; errors pass unchanged."""
     start: Message = {}
@@ -524,7 +333,7 @@ def translate(send: Send, stream: bool) -> Send:
             if not message.get("more_body", False):
                 content = bytes(body)
                 if start["status"] == 200:
-                    content = json.dumps(generate_answer(json.loads(content))).encode()
+                    content = json.dumps(bodies.generate_answer(json.loads(content))).encode()
                 headers = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
                 headers.append((b"content-length", str(len(content)).encode()))
                 await send({**start, "headers": headers})
@@ -533,68 +342,8 @@ def translate(send: Send, stream: bool) -> Send:
     return rewrite
 
 
-async def send_json(send: Send, status: int, content: object, headers: Mapping[str, str] | None = None) -> None:
-    """A whole JSON answer."""
-    body = json.dumps(content).encode()
-    fields = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
-    encoded = [(key.encode(), value.encode()) for key, value in fields.items()]
-    await send({"type": "http.response.start", "status": status, "headers": encoded})
-    await send({"type": "http.response.body", "body": body})
-
-
 async def send_error(send: Send, refusal: Refused) -> None:
     """An error in the OpenAI API's form, as vLLM sends its own."""
     kind = {401: "AuthenticationError", 429: "RateLimitError", 503: "ServiceUnavailableError"}
     error = {"message": str(refusal), "type": kind.get(refusal.status, "BadRequestError"), "code": refusal.status}
     await send_json(send, refusal.status, {"error": error | {"param": None}}, refusal.headers)
-
-
-class LoadingResponder:
-    """Answers on the server's socket while vLLM loads: alive, not ready.
-
-    vLLM listens only once its engine is up, minutes later. Until then a probe would be refused, which looks
-    like a dead process. This thread answers on the same socket and leaves it to uvicorn on `stop()`; a
-    connection that comes in between waits in the socket's backlog.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        sock.listen(128)
-        sock.setblocking(False)
-        self._socket = sock
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Answer no more. Returns when the thread has ended."""
-        self._stopping.set()
-        self._thread.join()
-
-    def _serve(self) -> None:
-        while not self._stopping.is_set():
-            readable, _, _ = select.select([self._socket], [], [], 0.1)
-            if readable and not self._stopping.is_set():
-                try:
-                    connection, _ = self._socket.accept()
-                    with connection:
-                        connection.settimeout(2.0)
-                        connection.sendall(self._answer(connection.recv(65536)))
-                        connection.shutdown(socket.SHUT_WR)
-                        while connection.recv(65536):  # let the client finish: closing on unread bytes resets
-                            pass
-                except OSError:
-                    continue  # a client that went away or dawdled
-
-    @staticmethod
-    def _answer(request: bytes) -> bytes:
-        parts = request.split(b" ", 2)
-        if len(parts) > 1 and parts[1].split(b"?")[0] == b"/health":
-            status, content = "200 OK", {"status": "loading"}
-        else:
-            error = {"message": "the model is loading", "type": "ServiceUnavailableError", "code": 503, "param": None}
-            status, content = "503 Service Unavailable", {"status": "loading", "error": error}
-        body = json.dumps(content)
-        return (
-            f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            f"retry-after: 5\r\nconnection: close\r\n\r\n{body}"
-        ).encode()

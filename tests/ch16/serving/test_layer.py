@@ -1,101 +1,17 @@
 """The layer around vLLM's server, with a stand-in for the server: fast, and every path is reached."""
 
 import asyncio
-import itertools
 import json
-import socket
 import types
 
 import pytest
-import requests
-from hypothesis import given
-from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from ch16 import serving_layer
-from ch16.serving_layer import GenerateEvents, LoadingResponder, Refused, ServerSettings, ServingLayer
+from ch16.serving import layer as layer_module
+from ch16.serving.layer import ServerSettings, ServingLayer
 from common.metrics import OUTCOMES, InferenceMetrics
-from tests.servers import free_port
 
-# ---- bodies ----
-
-
-@given(st.dictionaries(st.text(max_size=5), st.integers(-(2**63), 2**63 - 1) | st.text() | st.booleans(), max_size=5))
-def test_valid_bodies_come_back_unchanged(content):
-    assert serving_layer.parse_body(json.dumps(content).encode()) == content
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"", b"{", b"[]", b"1", b'{"a": NaN}', b'{"a": -Infinity}', b'{"a": 9223372036854775808}', b"[" * 100_000,
-        b'{"a": -9223372036854775809}', b'{"a": ' + b"9" * 5000 + b"}", b'{"a": "\\ud800"}', b'{"a": "\xff"}',
-    ],
-)  # fmt: skip
-def test_bodies_no_engine_can_hold(body):
-    with pytest.raises(Refused) as refusal:
-        serving_layer.parse_body(body)
-    assert refusal.value.status == 400 and "\n" not in str(refusal.value)
-
-
-def test_surrogate_pairs_are_text():
-    assert serving_layer.parse_body(b'{"a": "\\ud83d\\ude00"}') == {"a": "\U0001f600"}
-
-
-@pytest.mark.parametrize(
-    ("content", "places"),
-    [
-        ({"prompt": "a"}, 1), ({"prompt": ["a", "b"]}, 2), ({"prompt": [1, 2, 3]}, 1), ({"prompt": [[1], [2]]}, 2),
-        ({"prompt": ["a", "b"], "n": 3}, 6), ({"messages": [], "n": 4}, 4), ({"prompt": "a", "n": None}, 1),
-        ({"prompt": "a", "n": -5}, 1), ({"prompt": []}, 1), ({"prompt": "a", "n": "x"}, 1),
-    ],
-)  # fmt: skip
-def test_places_are_sequences(content, places):
-    assert serving_layer.sequences(content) == places
-
-
-@pytest.mark.parametrize(
-    ("content", "length"),
-    [
-        ({"prompt": "abc"}, 3), ({"prompt": ["ab", "c"]}, 3), ({"prompt": [5, 6]}, 2), ({}, 0), ({"prompt": None}, 0),
-        ({"messages": [{"role": "user", "content": "hello"}]}, 9),
-        ({"messages": [{"role": "u", "content": [{"type": "text", "text": "hi"}]}]}, 7),
-    ],
-)  # fmt: skip
-def test_prompt_length(content, length):
-    assert serving_layer.prompt_chars(content) == length
-
-
-# ---- the events of /generate ----
-
-CHUNKS = [
-    {"choices": [{"text": "he", "finish_reason": None}]},
-    {"choices": [{"text": "llo\n\n", "finish_reason": "stop"}]},
-    {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}},
-]
-STREAM = b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in CHUNKS) + b"data: [DONE]\n\n"
-
-
-@given(st.lists(st.integers(0, len(STREAM)), max_size=8))
-def test_events_may_be_cut_anywhere(cuts):
-    edges = [0, *sorted(cuts), len(STREAM)]
-    events = GenerateEvents()
-    output = b"".join(events.feed(STREAM[a:b]) for a, b in itertools.pairwise(edges))
-    lines = [line.removeprefix(b"data: ") for line in output.split(b"\n\n") if line]
-    assert lines.pop() == b"[DONE]"
-    assert [json.loads(line) for line in lines] == [
-        {"text": "he"},
-        {"text": "llo\n\n"},
-        {"text": "", "finish_reason": "stop", "prompt_tokens": 3, "completion_tokens": 2},
-    ]
-
-
-def test_an_error_in_mid_stream_is_passed_on():
-    event = b'data: {"error": {"message": "gone"}}\n\n'
-    assert GenerateEvents().feed(event) == event
-
-
-# ---- requests through the layer ----
+USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 
 
 class StandIn:
@@ -105,7 +21,7 @@ class StandIn:
         self.gate = asyncio.Event()
         self.gate.set()
         self.status = 200
-        self.body = json.dumps({"choices": [{"text": "t", "finish_reason": "stop"}], "usage": CHUNKS[2]["usage"]})
+        self.body = json.dumps({"choices": [{"text": "t", "finish_reason": "stop"}], "usage": USAGE})
         self.raises = None
         self.seen = []
 
@@ -132,7 +48,7 @@ def engine():
 @pytest.fixture
 def layer(engine, monkeypatch):
     registry = CollectorRegistry()
-    monkeypatch.setattr(serving_layer, "InferenceMetrics", lambda: InferenceMetrics(registry))
+    monkeypatch.setattr(layer_module, "InferenceMetrics", lambda: InferenceMetrics(registry))
     layer = ServingLayer(engine)
     layer.registry = registry
     layer._settings = ServerSettings(max_queue=1, max_body_bytes=1000)
@@ -287,7 +203,7 @@ def test_a_client_that_leaves_in_mid_body(layer, engine):
 
 
 def test_a_client_too_slow_with_its_body(layer, engine, monkeypatch):
-    monkeypatch.setattr(serving_layer, "BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(layer_module, "BODY_TIMEOUT_S", 0.05)
     assert run(Client(layer, chunks=[]).run()).status == 408
     assert not engine.seen
 
@@ -337,35 +253,11 @@ def test_drain_ends_without_the_last_answer(layer, engine, end):
     ],
 )  # fmt: skip
 def test_api_key(layer, path, key, status):
-    layer._key_digests = [serving_layer.hashlib.sha256(b"yes").digest()]
-    method = "GET" if path in serving_layer.OPEN_PATHS else "POST"
+    layer._key_digests = [layer_module.hashlib.sha256(b"yes").digest()]
+    method = "GET" if path in layer_module.OPEN_PATHS else "POST"
     headers = {"authorization": key} if key else {}
     client = Client(layer, path, method=method, **headers)
     if path == "/metrics":
         client.leave()
         client.incoming = [{"type": "http.request", "body": b""}]
     assert run(client.run()).status == status
-
-
-# ---- while the model loads ----
-
-
-def test_loading_responder_answers_and_hands_over():
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", free_port()))
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    responder = LoadingResponder(listener)
-    assert requests.get(url + "/health", timeout=5).json() == {"status": "loading"}
-    assert requests.get(url + "/ready", timeout=5).status_code == 503
-    answer = requests.post(url + "/generate", data=b"x" * 200_000, timeout=5)
-    assert answer.status_code == 503 and answer.headers["retry-after"] == "5"
-    with socket.create_connection(listener.getsockname()):
-        pass  # a port scan
-    assert requests.get(url + "/health", timeout=5).status_code == 200
-    responder.stop()
-    # The socket still listens: a connection waits for uvicorn instead of being refused.
-    with socket.create_connection(listener.getsockname(), timeout=5):
-        listener.setblocking(True)
-        listener.settimeout(5)
-        listener.accept()[0].close()
-    listener.close()

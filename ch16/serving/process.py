@@ -1,0 +1,117 @@
+"""The server process: its port, an answer while the model loads, vLLM's server until a signal stops it."""
+
+import json
+import select
+import signal
+import socket
+import threading
+from collections.abc import Sequence
+
+from ch16.serving.layer import ServerSettings
+from common.cli import CannotRun
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket, not yet listening.
+
+    Raises:
+        CannotRun: the port is taken or not ours to take.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CannotRun(f"cannot listen on {host}:{port}: {reason}; choose another --port") from None
+    return listener
+
+
+class LoadingResponder:
+    """Answers on the server's socket while vLLM loads: alive, not ready.
+
+    vLLM listens only once its engine is up, minutes later. Until then a probe would be refused, which looks
+    like a dead process. This thread answers on the same socket and leaves it to uvicorn on `stop()`; a
+    connection that comes in between waits in the socket's backlog.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.listen(128)
+        sock.setblocking(False)
+        self._socket = sock
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Answer no more. Returns when the thread has ended."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _serve(self) -> None:
+        while not self._stopping.is_set():
+            readable, _, _ = select.select([self._socket], [], [], 0.1)
+            if readable and not self._stopping.is_set():
+                try:
+                    connection, _ = self._socket.accept()
+                    with connection:
+                        connection.settimeout(0.5)
+                        connection.sendall(self._answer(connection.recv(65536)))
+                        connection.shutdown(socket.SHUT_WR)
+                        for _ in range(64):  # closing on unread bytes would reset the connection
+                            if not connection.recv(65536):
+                                break
+                except OSError:
+                    continue  # a client that went away or dawdled
+
+    @staticmethod
+    def _answer(request: bytes) -> bytes:
+        parts = request.split(b" ", 2)
+        if len(parts) > 1 and parts[1].split(b"?")[0] == b"/health":
+            status, content = "200 OK", {"status": "loading"}
+        else:
+            error = {"message": "the model is loading", "type": "ServiceUnavailableError", "code": 503, "param": None}
+            status, content = "503 Service Unavailable", {"status": "loading", "error": error}
+        body = json.dumps(content)
+        return (
+            f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            f"retry-after: 5\r\nconnection: close\r\n\r\n{body}"
+        ).encode()
+
+
+def run_vllm_server(flags: Sequence[str], settings: ServerSettings, listener: socket.socket) -> int:
+    """Run vLLM's API server on a bound socket until a signal stops it; returns the exit status."""
+    import uvloop
+    from vllm.entrypoints.openai.api_server import run_server_worker
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    except ImportError:  # before vLLM 0.30
+        from vllm.entrypoints.openai.cli_args import make_arg_parser
+
+    parser = make_arg_parser(FlexibleArgumentParser(prog="inference_serving.py --serve"))
+    args = parser.parse_args(flags)
+    if (args.api_server_count or 1) > 1 or args.headless:
+        parser.error("--serve runs one API server; start several replicas behind load_balancer.py instead")
+    args.chapter = settings  # found by the layer in app.state.args
+
+    def stop_loading(*_: object) -> None:
+        settings.stopped_by_signal = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop_loading)  # until the layer takes over, there is nothing to drain
+    address = f"http://{args.host}:{args.port}"
+    try:
+        # uvicorn gives what is left after the drain this long to notice that it is cancelled.
+        uvloop.run(run_server_worker(address, listener, args, timeout_graceful_shutdown=2))
+    except KeyboardInterrupt:
+        return 0 if settings.stopped_by_signal else 130
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CannotRun(f"the server failed: {lines[0]} (its log is above)") from None
+    if not settings.stopped_by_signal:
+        raise CannotRun("the engine died (its log is above)")
+    return 0

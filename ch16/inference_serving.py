@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from ch16.serving.bodies import MAX_TOKENS, TEMPERATURE, TOP_P
 from common import cli, models
 from common.cli import CannotRun
 from common.engine import as_flags, engine_args, prepare_environment, quiet, use_fp8
@@ -45,16 +46,13 @@ from common.timing import percentile
 if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment that prepare_environment sets
     from vllm import LLM
 
-# ---- configuration: the chapter's prompts, sampling parameters and targets ----
+# ---- configuration: the chapter's prompts and targets ----
 
 PROMPTS = (
     "def quicksort(arr):",
     "# Binary search implementation\ndef binary_search",
     "class TreeNode:",
 )
-TEMPERATURE = 0.8
-TOP_P = 0.95
-MAX_TOKENS = 512
 
 TARGET_TOKENS_PER_S = 15_000  # on eight GPUs
 TARGET_GPUS = 8
@@ -395,7 +393,7 @@ def serve(args: argparse.Namespace, vllm_flags: Sequence[str]) -> int:
 
     # The port is taken, and answers "loading", before the minutes of loading begin.
     from ch16.serving.layer import ServerSettings
-    from ch16.serving.process import LoadingResponder, listen, run_vllm_server
+    from ch16.serving.process import LoadingResponder, listen, run_until_stopped
 
     listener = listen(args.host, args.port)
     responder = LoadingResponder(listener)
@@ -415,7 +413,7 @@ def serve(args: argparse.Namespace, vllm_flags: Sequence[str]) -> int:
         "--enable-request-id-headers",
         "--disable-uvicorn-access-log",
     ]
-    return run_vllm_server([*flags, *vllm_flags], chapter, listener)
+    return run_until_stopped([*flags, *vllm_flags], chapter, listener)
 
 
 def main() -> int:

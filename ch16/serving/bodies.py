@@ -5,6 +5,11 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict, Field
 
+# The chapter's sampling parameters: those of the demo, and the defaults of /generate.
+TEMPERATURE = 0.8
+TOP_P = 0.95
+MAX_TOKENS = 512
+
 MAX_INTEGER = 2**63 - 1  # what the engine can hold
 
 
@@ -18,14 +23,14 @@ class Refused(Exception):
 
 
 class GenerateRequest(BaseModel):
-    """Body of POST /generate. Defaults are the chapter's sampling parameters."""
+    """Body of POST /generate."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: str = Field(min_length=1)
-    max_tokens: int = Field(default=128, ge=1)
-    temperature: float = Field(default=0.8, ge=0, le=2)
-    top_p: float = Field(default=0.95, gt=0, le=1)
+    max_tokens: int = Field(default=MAX_TOKENS, ge=1)
+    temperature: float = Field(default=TEMPERATURE, ge=0, le=2)
+    top_p: float = Field(default=TOP_P, gt=0, le=1)
     priority: int = Field(default=0, ge=-(2**31), lt=2**31)  # lower goes first
     stream: bool = False
 

@@ -1,11 +1,15 @@
 """The server process: its port, an answer while the model loads, vLLM's server until a signal stops it."""
 
+import contextlib
 import json
+import os
 import select
 import signal
 import socket
 import threading
 from collections.abc import Sequence
+
+import psutil
 
 from ch16.serving.layer import ServerSettings
 from common.cli import CannotRun
@@ -81,8 +85,51 @@ class LoadingResponder:
         ).encode()
 
 
-def run_vllm_server(flags: Sequence[str], settings: ServerSettings, listener: socket.socket) -> int:
-    """Run vLLM's API server on a bound socket until a signal stops it; returns the exit status."""
+def run_until_stopped(flags: Sequence[str], settings: ServerSettings, listener: socket.socket) -> int:
+    """Run vLLM's API server on a bound socket until a signal stops it.
+
+    Args:
+        flags: vLLM's command line.
+        settings: the layer's limits; says at the end whether a signal ended the server.
+        listener: from `listen`.
+
+    Returns:
+        Exit status 0, after a signal. (A signal while the model loads ends the process at once.)
+
+    Raises:
+        CannotRun: the server could not start, or its engine died.
+    """
+    for signum in (signal.SIGTERM, signal.SIGINT):  # until the layer takes over, there is nothing to drain
+        signal.signal(signum, _end_while_loading)
+    try:
+        _run_vllm(flags, settings, listener)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CannotRun(f"the server failed: {lines[0]} (its log is above)") from None
+    if not settings.stopped_by_signal:
+        raise CannotRun("the engine died (its log is above)")
+    return 0
+
+
+def _end_while_loading(signum: int, _frame: object) -> None:
+    """Signal handler: end the engine's processes and this one.
+
+    An exception raised here would be lost: while the engine loads, this process waits inside ZeroMQ, which
+    takes any exception of a signal handler for an interrupted wait and goes on waiting.
+    """
+    engines = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "resource_tracker" not in " ".join(process.cmdline()):  # it ends last, and cleans up
+                process.terminate()
+                engines.append(process)
+    for process in psutil.wait_procs(engines, timeout=3)[1]:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    os._exit(0 if signum == signal.SIGTERM else 130)
+
+
+def _run_vllm(flags: Sequence[str], settings: ServerSettings, listener: socket.socket) -> None:
     import uvloop
     from vllm.entrypoints.openai.api_server import run_server_worker
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -95,23 +142,7 @@ def run_vllm_server(flags: Sequence[str], settings: ServerSettings, listener: so
     parser = make_arg_parser(FlexibleArgumentParser(prog="inference_serving.py --serve"))
     args = parser.parse_args(flags)
     if (args.api_server_count or 1) > 1 or args.headless:
-        parser.error("--serve runs one API server; start several replicas behind load_balancer.py instead")
+        parser.error("--serve runs one API server; start several replicas behind a load balancer instead")
     args.chapter = settings  # found by the layer in app.state.args
-
-    def stop_loading(*_: object) -> None:
-        settings.stopped_by_signal = True
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop_loading)  # until the layer takes over, there is nothing to drain
-    address = f"http://{args.host}:{args.port}"
-    try:
-        # uvicorn gives what is left after the drain this long to notice that it is cancelled.
-        uvloop.run(run_server_worker(address, listener, args, timeout_graceful_shutdown=2))
-    except KeyboardInterrupt:
-        return 0 if settings.stopped_by_signal else 130
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CannotRun(f"the server failed: {lines[0]} (its log is above)") from None
-    if not settings.stopped_by_signal:
-        raise CannotRun("the engine died (its log is above)")
-    return 0
+    # uvicorn gives what is left after the drain two seconds to notice that it is cancelled.
+    uvloop.run(run_server_worker(f"http://{args.host}:{args.port}", listener, args, timeout_graceful_shutdown=2))

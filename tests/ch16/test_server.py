@@ -312,6 +312,18 @@ def loading(server, answers):
     return True
 
 
+def test_sigterm_while_loading_ends_everything(tmp_path):
+    server = Server(tmp_path).start()
+    try:
+        wait_for(lambda: loading(server, {}), 60)
+        wait_for(lambda: psutil.Process(server.process.pid).children(), 60)  # the engine is being started
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        assert server.stop(signal.SIGTERM) == 0, server.tail()
+        assert psutil.wait_procs(family, timeout=30)[1] == []
+    finally:
+        server.stop()
+
+
 def test_dead_engine_is_unhealthy_and_ends_the_server(tmp_path):
     with Server(tmp_path) as server:
         parent = psutil.Process(server.process.pid)

@@ -13,8 +13,8 @@ GPU=${GPU:-$(nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)}
 TE=${TE:-1}
 STEP=""
 
-say() { STEP=$1 && printf '\033[1m%s\033[0m\n' "==> $1" >&2; }
-fail() { printf '%s\n' "install: ${STEP:-set-up} failed: $1" >&2 && exit 1; }
+say() { STEP="$*" && printf '\033[1m%s\033[0m\n' "==> $*" >&2; }
+fail() { printf '%s\n' "install: ${STEP:-set-up} failed: $*" >&2 && exit 1; }
 pip() { "$VENV/bin/python" -m pip install --disable-pip-version-check --no-deps --no-compile "$@"; }
 
 case $GPU in
@@ -38,14 +38,20 @@ if [ -e $stamp ] && [ "$(cut -d' ' -f1 $stamp)" != "$stack" ]; then
     rm -rf $VENV
 fi
 
+# Two things that pip cannot bring: Debian's Python comes without venv, and vLLM's CPU kernels load libnuma.
+missing=""
+"$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || missing="python3-venv"
+[ $stack = gpu ] || "$PYTHON" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || missing="$missing libnuma1"
+if [ -n "$missing" ]; then
+    say "system packages:" $missing
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null ||
+        fail "they are not installed; on Debian: sudo apt-get install" $missing
+    { apt-get -q update && apt-get -qy install --no-install-recommends $missing; } >&2 || fail "see apt-get's message above"
+fi
+
 if ! [ -x $VENV/bin/pip ]; then
     say "virtual environment in $VENV"
-    "$PYTHON" -m venv $VENV >/tmp/venv.$$ 2>&1 || {
-        tail -n 3 /tmp/venv.$$ >&2
-        rm -rf $VENV /tmp/venv.$$
-        fail "$PYTHON cannot make virtual environments; on Debian: apt-get install python3-venv"
-    }
-    rm -f /tmp/venv.$$
+    "$PYTHON" -m venv $VENV || fail "$PYTHON -m venv $VENV: see its message above"
 fi
 echo "$stack incomplete" >$stamp # an interrupted run starts again, on the same stack
 

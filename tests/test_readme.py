@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,7 @@ def test_script(command, gpu):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_server_and_what_is_asked_of_it(tmp_path):
     (command,) = SERVERS
     flags = [word for word in command[2:] if word not in ("--serve", "--port", "8000")]

@@ -7,9 +7,6 @@ SHELL := /bin/bash
 
 PY := .venv/bin/python
 export GPU TE PYTHON
-ifeq ($(origin GPU),undefined)
-unexport GPU
-endif
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -9,7 +9,7 @@ vLLM's does not have, and touches the engine nowhere:
     429, 413, 400      a bound on queued work, on body and prompt size; unknown fields are refused
     SIGTERM            no new requests, those in flight finish, exit 0
 
-A request goes: draining? -> API key? -> body -> JSON and limits -> a place in the queue -> vLLM.
+A request goes: API key? -> body -> JSON and limits -> draining? -> a place in the queue -> vLLM.
 """
 
 import asyncio
@@ -115,8 +115,6 @@ class ServingLayer:
             Refused: with the answer.
             ClientGone: nobody waits for one.
         """
-        if self._draining:
-            raise Refused(503, "the server is draining", {"retry-after": "1", "connection": "close"})
         body, places = await self._read_body(scope, receive), 1
         if scope["path"] in self._fields or scope["path"] == "/generate":
             scope, body, send, places = self._check(scope, body, send)
@@ -201,7 +199,12 @@ class ServingLayer:
         return scope, body, send, bodies.sequences(content)
 
     def _admit(self, places: int) -> None:
-        """Refuse what would wait in a queue that is full already."""
+        """Refuse what comes during the drain, or would wait in a queue that is full already.
+
+        Nothing is awaited between this check and the count in `_forward`, so the bound holds exactly.
+        """
+        if self._draining:
+            raise Refused(503, "the server is draining", {"retry-after": "1", "connection": "close"})
         bound = self._max_num_seqs + self._settings.max_queue
         if places > bound:
             raise Refused(400, f"the request asks for {places} sequences, at most {bound} are taken at once")

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from ch16.serving.bodies import MAX_TOKENS, TEMPERATURE, TOP_P
 from common import cli, models
 from common.cli import CannotRun
-from common.engine import as_flags, engine_args, prepare_environment, quiet, use_fp8
+from common.engine import as_flags, engine_args, prepare_environment, quiet
 from common.gpu import Machine, UtilizationSampler, detect
 from common.models import Model
 from common.results import Column, Report, Verdict, judge, not_applicable
@@ -251,6 +251,13 @@ def capacity(llm: "LLM", tokens: int) -> int:
     return max(1, min(config.scheduler_config.max_num_seqs, blocks // each))
 
 
+def precision_name(llm: "LLM") -> str:
+    """What the weights are computed in, as the engine says."""
+    config = llm.llm_engine.vllm_config.model_config
+    dtype = str(config.dtype).removeprefix("torch.")
+    return config.quantization.upper() if config.quantization else {"bfloat16": "BF16"}.get(dtype, dtype.upper())
+
+
 def measure_load(llm: "LLM", model: Model, machine: Machine, sizes: Sizes, seed: int) -> list[dict]:
     """Waves of random prompts at growing concurrency; rows as in LOAD_COLUMNS."""
 
@@ -258,10 +265,11 @@ def measure_load(llm: "LLM", model: Model, machine: Machine, sizes: Sizes, seed:
         prompts = random_prompts(concurrency, sizes.tokens_in, model.vocab_size, seed + concurrency)
         total = concurrency * sizes.tokens_out
         progress = tqdm(total=total, unit="tok", desc=f"{concurrency} at once", leave=False, disable=None)
-        with progress, UtilizationSampler(machine) as gpu:
+        with progress, UtilizationSampler(machine, ranks) as gpu:
             sent, arrived = send_wave(llm, prompts, sizes.tokens_out, progress.update)
-        return summarise(sent, arrived, machine.count) | {"utilization": gpu.mean}
+        return summarise(sent, arrived, ranks) | {"utilization": gpu.mean}
 
+    ranks = llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
     first = sizes.first_wave
     send_wave(llm, random_prompts(first, sizes.tokens_in, model.vocab_size, seed), 8)  # warm up
     rows = search_concurrency(wave, first, capacity(llm, sizes.tokens_in + sizes.tokens_out))
@@ -270,8 +278,8 @@ def measure_load(llm: "LLM", model: Model, machine: Machine, sizes: Sizes, seed:
     return [row | {"best": marks.get(row["concurrency"], "")} for row in rows]
 
 
-def claims(best: dict[str, float], model: Model, machine: Machine) -> list[Verdict]:
-    """S1 to S4 from the best wave."""
+def claims(best: dict[str, float], model: Model, machine: Machine, gpus: int) -> list[Verdict]:
+    """S1 to S4 from the best wave on `gpus` of the machine's GPUs."""
     throughput, per_gpu = best["tokens_per_s"], best["tokens_per_s_gpu"]
     p50, p99, busy = best["tpot_p50_ms"], best["tpot_p99_ms"], best["utilization"]
     s1 = f"{throughput:,.0f} tok/s"
@@ -286,7 +294,7 @@ def claims(best: dict[str, float], model: Model, machine: Machine) -> list[Verdi
     large = (models.parameter_count(model.config) or 0) >= LARGE
     small = f"the claim is about a 33B model; this is {model.name}"
     share = TARGET_TOKENS_PER_S / TARGET_GPUS
-    s1 += f" on {machine.count}; per GPU {per_gpu:,.0f}, an eighth of the claim is {share:,.0f}"
+    s1 += f" on {gpus}; per GPU {per_gpu:,.0f}, an eighth of the claim is {share:,.0f}"
     low, high = TARGET_UTILIZATION
     busy_text = "not sampled" if busy is None else f"{busy:.0f}%"
     verdicts = [
@@ -296,9 +304,9 @@ def claims(best: dict[str, float], model: Model, machine: Machine) -> list[Verdi
     ]
     if not large:
         verdicts = [not_applicable(v.claim, small, v.measured) for v in verdicts]
-    if large and machine.count >= TARGET_GPUS:
+    if large and gpus >= TARGET_GPUS:
         return [judge("S1", throughput >= TARGET_TOKENS_PER_S, s1), *verdicts]
-    reason = small if not large else f"the claim is about {TARGET_GPUS} GPUs, here is {machine.count}"
+    reason = small if not large else f"the claim is about {TARGET_GPUS} GPUs, this was measured on {gpus}"
     return [not_applicable("S1", reason, s1), *verdicts]
 
 
@@ -354,13 +362,18 @@ def demo(args: argparse.Namespace) -> int:
         print(f"         {model.note}")
 
     rows, best = [], None
-    for precision, setting in zip(precisions, settings, strict=True):
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    for setting in settings:
         llm, seconds = start_engine(setting)
-        name = "FP8" if use_fp8(machine, precision) else "BF16"
+        name = precision_name(llm)
         print(f"engine ready in {seconds:.0f} s ({name})", flush=True)
-        if not model.dummy and not rows:
-            complete(llm, sizes.completion, args.seed)
-        measured = measure_load(llm, model, machine, sizes, args.seed)
+        try:
+            if not model.dummy and not rows:
+                complete(llm, sizes.completion, args.seed)
+            measured = measure_load(llm, model, machine, sizes, args.seed)
+        except EngineDeadError:
+            raise CannotRun("the engine died (VLLM_LOGGING_LEVEL=INFO shows its log)") from None
         rows += [row | {"precision": name, "engine_start_s": seconds} for row in measured]
         best = best_row(measured)
         stop_engine(llm)
@@ -371,10 +384,10 @@ def demo(args: argparse.Namespace) -> int:
         bf16, fp8 = (best_row([row for row in rows if row["precision"] == name]) for name in ("BF16", "FP8"))
         ratio = fp8["tokens_per_s"] / bf16["tokens_per_s"]
         print(f"\nFP8 over BF16, each at its best concurrency: {ratio:.2f}x output tok/s")
-    report.claims(claims(best, model, machine))
+    report.claims(claims(best, model, machine, shown["tensor_parallel"]))
     report.save(args.json)
     if args.plot:
-        plot(args.plot, rows, f"{model.name} on {machine.count} x {machine.name}")
+        plot(args.plot, rows, f"{model.name} on {shown['tensor_parallel']} x {machine.name}")
     return 0
 
 
@@ -408,6 +421,7 @@ def serve(args: argparse.Namespace, vllm_flags: Sequence[str]) -> int:
         *as_flags(settings),
         *("--host", args.host, "--port", str(args.port)),
         *("--served-model-name", model.name),
+        *("--seed", str(args.seed)),
         *("--scheduling-policy", "priority"),  # without priorities in the requests the same as first come first served
         *("--middleware", "ch16.serving.layer.ServingLayer"),
         "--enable-request-id-headers",
@@ -449,8 +463,8 @@ def main() -> int:
     args, unknown = parser.parse_known_args()
     if unknown and not args.serve:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if args.serve and (args.json or args.plot or args.compare_bf16):
-        parser.error("--json, --plot and --compare-bf16 belong to the demo")
+    if args.serve and (args.json or args.plot or args.compare_bf16 or args.quick):
+        parser.error("--quick, --json, --plot and --compare-bf16 belong to the demo")
     if args.compare_bf16 and args.quantization != "auto":
         parser.error("--compare-bf16 measures both precisions; leave --quantization out")
     return serve(args, unknown) if args.serve else demo(args)

@@ -6,7 +6,7 @@ Call `prepare_environment` before anything imports vllm (it reads its environmen
 import os
 
 from common.cli import CannotRun
-from common.gpu import Machine
+from common.gpu import Machine, versions
 from common.models import Model, parameter_count, tensor_parallel_size
 
 GPU_MEMORY_UTILIZATION = 0.90  # the chapter's: the rest is for CUDA graphs, NCCL and other processes
@@ -21,7 +21,12 @@ def prepare_environment(machine: Machine, ranks: int = 1, in_process: bool = Fal
         ranks: tensor-parallel ranks, as far as they are known before the model is.
         in_process: on a CPU, run the engine in this process (vllm.LLM only): it starts in a third of the
             time, and there is no second process to share two cores with.
+
+    Raises:
+        CannotRun: a CPU was asked for, and the installed vLLM is the one for GPUs.
     """
+    if machine.device == "cpu" and "vllm" in versions():
+        raise CannotRun("the installed vLLM is built for GPUs; leave --device cpu out, or run: make install GPU=0")
     variables = {
         "VLLM_NO_USAGE_STATS": "1",
         # A forked engine can deadlock on locks that threads of this process hold; a spawned one cannot.
@@ -82,7 +87,8 @@ def engine_args(
     Raises:
         CannotRun: FP8 without FP8 units, more ranks than GPUs, or weights larger than the memory.
     """
-    fp8 = use_fp8(machine, quantization)
+    # A checkpoint that is quantized already (AWQ, GPTQ, FP8, ...) says so itself, and is left as it is.
+    fp8 = "quantization_config" not in model.config and use_fp8(machine, quantization)
     on_gpu = machine.device == "cuda"
     ranks = tensor_parallel or (tensor_parallel_size(model.config, machine.count) if on_gpu else 1)
     if on_gpu and ranks > machine.count:
@@ -117,8 +123,10 @@ def engine_args(
 
 def _check_memory(model: Model, machine: Machine, ranks: int, bytes_per_weight: int) -> None:
     parameters = parameter_count(model.config)
-    if parameters is None:
+    if parameters is None or "quantization_config" in model.config:
         return
+    if machine.device == "cpu":
+        ranks = 1  # they share the RAM
     weights = parameters * bytes_per_weight / ranks
     room = machine.memory_bytes * GPU_MEMORY_UTILIZATION
     if weights > room:

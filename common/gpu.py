@@ -26,7 +26,7 @@ class Peak:
 
 # Exact NVML names, from NVIDIA's data sheets: dense tensor-core FLOP/s with FP32 accumulation, memory bytes/s.
 # A name that is not listed has unknown limits: a guess would make every "share of peak" a fiction.
-DATA_CENTRE_PEAKS = {
+PEAKS = {
     "NVIDIA B200": Peak(2250e12, 4500e12, 8.0e12),
     "NVIDIA H200": Peak(989e12, 1979e12, 4.8e12),
     "NVIDIA H100 80GB HBM3": Peak(989e12, 1979e12, 3.35e12),
@@ -37,8 +37,6 @@ DATA_CENTRE_PEAKS = {
     "NVIDIA A100-PCIE-40GB": Peak(312e12, None, 1.555e12),
     "NVIDIA L40S": Peak(362e12, 733e12, 0.864e12),
     "NVIDIA L4": Peak(121e12, 242e12, 0.300e12),
-}
-CONSUMER_PEAKS = {
     "NVIDIA GeForce RTX 4090": Peak(165e12, 330e12, 1.008e12),
     "NVIDIA GeForce RTX 3090": Peak(71e12, None, 0.936e12),
 }
@@ -57,11 +55,6 @@ class Machine:
     native_bf16: bool
     native_fp8: bool
     peak: Peak = field(default_factory=Peak)
-
-    @property
-    def data_centre(self) -> bool:
-        """Whether this is a GPU made for servers."""
-        return self.name in DATA_CENTRE_PEAKS
 
     def as_dict(self) -> dict:
         """For JSON: the fields above and the versions of the stack."""
@@ -83,17 +76,21 @@ def detect(device: str = "auto") -> Machine:
     """This machine, as the scripts use it.
 
     Args:
-        device: "cuda" for its GPUs, "cpu" for its processor, "auto" for GPUs where there are some.
+        device: "cuda" for its GPUs, "cpu" for its processor, "auto" for GPUs where there are some and the
+            installed stack can use them.
 
     Raises:
-        CannotRun: "cuda" was asked for and no GPU answers.
+        CannotRun: "cuda" was asked for and no GPU answers, or the CPU stack is installed.
     """
-    if device != "cpu":
+    cpu_stack = versions().get("torch", "").endswith("+cpu")
+    if device == "cuda" and cpu_stack and _gpus():
+        raise CannotRun("the CPU stack is installed and cannot use the GPU; run: make install GPU=1")
+    if device != "cpu" and not cpu_stack:
         gpus = _gpus()
         if gpus:
             return gpus[0]
-        if device == "cuda":
-            raise CannotRun("no GPU found: the NVIDIA driver lists none (try nvidia-smi, or --device cpu)")
+    if device == "cuda":
+        raise CannotRun("no GPU found: the NVIDIA driver lists none (try nvidia-smi, or --device cpu)")
     flags, name = _cpu_info()
     return Machine(
         device="cpu",
@@ -130,7 +127,7 @@ def _gpus() -> list[Machine]:
             capability=capability,
             native_bf16=capability >= (8, 0),
             native_fp8=capability >= (8, 9),
-            peak=(DATA_CENTRE_PEAKS | CONSUMER_PEAKS).get(name, Peak()),
+            peak=PEAKS.get(name, Peak()),
         )
     ]
 
@@ -198,7 +195,8 @@ class UtilizationSampler:
     well-used one. On a machine without GPUs `mean` is None.
     """
 
-    def __init__(self, machine: Machine, interval_s: float = 0.2) -> None:
+    def __init__(self, machine: Machine, gpus: int | None = None, interval_s: float = 0.2) -> None:
+        self._gpus = gpus  # the first so many of the visible ones; None: all
         self.samples: list[float] = []  # percent, mean over the GPUs
         self._interval_s = interval_s
         self._stop = threading.Event()
@@ -222,7 +220,7 @@ class UtilizationSampler:
     def _sample(self) -> None:
         import pynvml
 
-        handles = visible_handles(pynvml)
+        handles = visible_handles(pynvml)[: self._gpus]
         while not self._stop.wait(self._interval_s):
             rates = [pynvml.nvmlDeviceGetUtilizationRates(handle).gpu for handle in handles]
             self.samples.append(sum(rates) / len(rates))

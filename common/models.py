@@ -2,11 +2,12 @@
 
 Four sources, one answer (`Model`): a hub id, a local folder, the bundled SmolLM2-135M-Instruct, and
 random weights of a published shape (right for speed, meaningless for text). Nothing is downloaded
-unless a hub id is asked for by name, or `auto` finds a GPU and a hub that answers.
+unless a hub id is asked for by name: `auto` takes a hub model only if it was downloaded before.
 
 `python3 -m common.models` converts the bundled model; `make install` does that once.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -153,7 +154,7 @@ def resolve(name: str, machine: Machine) -> Model:
         return Model(path=str(folder), name=folder.resolve().name, config=_read_config(folder))
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CannotRun(f"no model '{name}': not a folder, not a hub id (owner/model), not 'bundled' or 'auto'")
-    if not _available(name):
+    if not (_downloaded(name) or _hub_answers()):
         raise CannotRun(
             f"the model hub cannot be reached for '{name}', and no copy was downloaded before; "
             f"use --model bundled, a local folder, or --dummy-weights for speed alone"
@@ -200,35 +201,55 @@ def _automatic(machine: Machine) -> Model:
     if machine.device == "cpu":
         return bundled()
     bytes_per_weight = 1 if machine.native_fp8 else 2
+    fitting = []
     for hub_id, shape in AUTO_ON_GPU.items():
-        if hub_id.endswith("33b-instruct") and machine.count >= 8 and machine.data_centre:
-            fits = True
-        else:
-            ranks = tensor_parallel_size(shape, machine.count)
-            fits = parameter_count(shape) * bytes_per_weight <= 0.5 * machine.memory_bytes * ranks
-        if fits and _available(hub_id):
+        ranks = tensor_parallel_size(shape, machine.count)
+        if parameter_count(shape) * bytes_per_weight <= 0.5 * machine.memory_bytes * ranks:
+            fitting.append(hub_id)
+    for hub_id in fitting:
+        if _downloaded(hub_id):
             return resolve(hub_id, machine)
-    model = bundled()
-    return Model(model.path, model.name, model.config, note="the model hub cannot be reached: the bundled model")
+    note = f"the bundled model; --model {fitting[0]} fits here and would be downloaded" if fitting else ""
+    return dataclasses.replace(bundled(), note=note)
 
 
 def _read_config(folder: Path) -> dict:
     try:
-        return json.loads((folder / "config.json").read_text())
+        return _text_config(json.loads((folder / "config.json").read_text()))
     except FileNotFoundError:
         raise CannotRun(f"'{folder}' is no model: it has no config.json") from None
     except ValueError as error:
         raise CannotRun(f"'{folder}/config.json' is not JSON: {error}") from None
 
 
-def _available(hub_id: str) -> bool:
-    """Whether a hub id can be loaded: a downloaded copy, or a hub that answers within 3 s."""
-    from huggingface_hub import constants, try_to_load_from_cache
+def _text_config(config: dict) -> dict:
+    """A multimodal model keeps the sizes of its language model in `text_config`."""
+    return config | config.get("text_config", {})
 
-    if isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
-        return True
+
+def _downloaded(hub_id: str) -> bool:
+    """Whether the hub's cache holds the configuration and all weights of a model."""
+    from huggingface_hub import try_to_load_from_cache
+
+    def cached(file: str) -> Path | None:
+        path = try_to_load_from_cache(hub_id, file)
+        return Path(path) if isinstance(path, str) else None
+
+    if not cached("config.json"):
+        return False
+    if index := cached("model.safetensors.index.json"):
+        return all(map(cached, set(json.loads(index.read_text())["weight_map"].values())))
+    return cached("model.safetensors") is not None
+
+
+def _hub_answers() -> bool:
+    """Whether the model hub can be reached within 3 s (or through a proxy, which is not tried)."""
+    from huggingface_hub import constants
+
     if constants.HF_HUB_OFFLINE:
         return False
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy")):
+        return True
     hub = urlsplit(constants.ENDPOINT)
     try:
         with socket.create_connection((hub.hostname, hub.port or 443), timeout=3):
@@ -241,7 +262,7 @@ def _hub_config(hub_id: str) -> dict:
     from huggingface_hub import hf_hub_download
 
     try:
-        return json.loads(Path(hf_hub_download(hub_id, "config.json")).read_text())
+        return _text_config(json.loads(Path(hf_hub_download(hub_id, "config.json")).read_text()))
     except Exception as error:  # the hub client has a dozen exceptions; each says in its first line what is wrong
         raise CannotRun(f"cannot load '{hub_id}' from the hub: {str(error).splitlines()[0]}") from None
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up .venv with the pinned stack and the bundled model; `make install` calls this.
-#   GPU=0|1   choose the stack (default: 1 if an NVIDIA driver answers)
-#   TE=0      leave Transformer Engine out of the GPU stack
+#   GPU=0|1   choose the stack (default: the one installed before, or 1 if an NVIDIA driver answers)
+#   TE=0      leave Transformer Engine out of the GPU stack (kept by later calls, too)
 #   PYTHON    the interpreter to build on (default python3; 3.11 or newer)
 # A second run reuses what is there. A step that fails says so and stops.
 set -uo pipefail
@@ -9,8 +9,14 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 VENV=.venv
-GPU=${GPU:-$(nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)}
-TE=${TE:-1}
+stamp=$VENV/.stack # "STACK TE LOCKS": what is installed, and the choice that later calls keep
+read -r had_stack had_te _ 2>/dev/null <$stamp || had_stack="" had_te=""
+case $had_stack in
+    cpu) GPU=${GPU:-0} ;;
+    gpu) GPU=${GPU:-1} ;;
+    *) GPU=${GPU:-$(nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)} ;;
+esac
+TE=${TE:-${had_te:-1}}
 STEP=""
 
 say() { STEP="$*" && printf '\033[1m%s\033[0m\n' "==> $*" >&2; }
@@ -29,12 +35,11 @@ command -v "$PYTHON" >/dev/null || fail "'$PYTHON' not found; install Python 3.1
 
 # What is installed is named by its stack and the locks it came from.
 wanted="$stack $TE $(cat $locks | sha256sum | cut -c1-16)"
-stamp=$VENV/.stack
 if [ "$(cat $stamp 2>/dev/null)" = "$wanted" ]; then
     exit 0
 fi
-if [ -e $stamp ] && [ "$(cut -d' ' -f1 $stamp)" != "$stack" ]; then
-    say "replacing the $(cut -d' ' -f1 $stamp) stack by the $stack stack"
+if [ -n "$had_stack" ] && [ "$had_stack" != $stack ]; then
+    say "replacing the $had_stack stack by the $stack stack"
     rm -rf $VENV
 fi
 
@@ -53,7 +58,7 @@ if ! [ -x $VENV/bin/pip ]; then
     say "virtual environment in $VENV"
     "$PYTHON" -m venv $VENV || fail "$PYTHON -m venv $VENV: see its message above"
 fi
-echo "$stack incomplete" >$stamp # an interrupted run starts again, on the same stack
+echo "$stack $TE incomplete" >$stamp # an interrupted run starts again, on the same stack
 
 if [ $stack = cpu ]; then
     # The default index may have the CPU build; PyTorch's own index is asked only when it does not,

@@ -39,7 +39,7 @@ class Server:
         if not command:
             command = (sys.executable, str(ROOT / "ch16" / "inference_serving.py"), "--serve")
             if detect().device == "cuda":  # several of these share the GPU
-                flags = (*flags, "--gpu-memory-utilization", "0.25")
+                flags = ("--gpu-memory-utilization", "0.25", *flags)
         self._command = [*command, "--port", str(self.port), *flags]
         self._env = {**os.environ, **(env or {})}
         self.process: subprocess.Popen | None = None

@@ -135,15 +135,25 @@ def known_fields() -> dict[str, frozenset[str]]:
 
 
 def sequences(content: Mapping) -> int:
-    """How many sequences a completion request asks for: prompts times `n`."""
-    prompt, n = content.get("prompt"), content.get("n")
-    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
-    return prompts * (n if isinstance(n, int) and n > 0 else 1)
+    """How many sequences a request asks for: prompts (or, in a batch, conversations) times `n`.
+
+    Raises:
+        Refused: `n` is not a whole number. vLLM would read "8" as 8, and the bound on the queue would not.
+    """
+    prompt, messages, n = content.get("prompt"), content.get("messages"), content.get("n")
+    if n is not None and type(n) is not int:
+        raise Refused(400, "n must be a whole number")
+    count = 1
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        count = len(prompt)
+    elif isinstance(messages, list) and messages and isinstance(messages[0], list):
+        count = len(messages)
+    return count * max(1, n or 1)
 
 
 def prompt_chars(content: Mapping) -> int:
-    """Characters of all texts in `prompt` or `messages`; a token id counts as one."""
-    total, rest = 0, [content.get("prompt"), content.get("messages")]
+    """Characters of all texts that are read as the prompt; a token id counts as one."""
+    total, rest = 0, [content.get(name) for name in ("prompt", "messages", "input", "system", "instructions")]
     while rest:
         value = rest.pop()
         if isinstance(value, str):

@@ -33,7 +33,10 @@ from common.metrics import InferenceMetrics, Rate
 
 OPEN_PATHS = {"/health", "/ready", "/ping", "/version", "/metrics"}  # probes and scrapers carry no key
 # Every other POST is inference work, so that a route added by a new vLLM is bounded and counted, too.
-MANAGEMENT_PATHS = {"/tokenize", "/detokenize", "/v1/messages/count_tokens", "/start_profile", "/stop_profile"}
+MANAGEMENT = (
+    "/tokenize", "/detokenize", "/count_tokens", "/start_profile", "/stop_profile", "/cancel", "/abort_requests",
+    "/pause", "/resume", "/sleep", "/wake_up", "/reset_prefix_cache", "_lora_adapter",
+)  # fmt: skip
 BODY_TIMEOUT_S = 30.0
 
 
@@ -81,7 +84,7 @@ class ServingLayer:
                 self._authenticate(scope)
             if scope["method"] != "POST":
                 return await self._app(scope, receive, send)
-            if path in MANAGEMENT_PATHS:
+            if path in OPEN_PATHS or path.endswith(MANAGEMENT):
                 body = await self._read_body(scope, receive)
                 return await self._app(scope, replay(body, receive), send)
         except ClientGone:
@@ -93,10 +96,10 @@ class ServingLayer:
     # ---- one inference request ----
 
     async def _infer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        outcome = "cancelled"
+        outcome, started = "cancelled", time.perf_counter()
         try:
             scope, body, answer, places = await self._accept(scope, receive, send)
-            outcome = await self._forward(scope, replay(body, receive), answer, places)
+            outcome = await self._forward(scope, replay(body, receive), answer, places, started)
         except ClientGone:
             pass
         except Refused as refusal:
@@ -115,13 +118,15 @@ class ServingLayer:
             Refused: with the answer.
             ClientGone: nobody waits for one.
         """
+        self._admit(1)  # at once, before an overloaded server reads and parses what it will refuse
         body, places = await self._read_body(scope, receive), 1
-        if scope["path"] in self._fields or scope["path"] == "/generate":
+        known = scope["path"] in self._fields or scope["path"] == "/generate"
+        if known or "json" in header(scope, b"content-type"):  # audio comes in other types
             scope, body, send, places = self._check(scope, body, send)
         self._admit(places)
         return scope, body, send, places
 
-    async def _forward(self, scope: Scope, receive: Receive, send: Send, places: int) -> str:
+    async def _forward(self, scope: Scope, receive: Receive, send: Send, places: int, started: float) -> str:
         """Let vLLM answer, and return what became of it (see common.metrics.OUTCOMES)."""
         status, failed, finished, gone = 0, False, False, False
 
@@ -140,7 +145,6 @@ class ServingLayer:
             gone |= message["type"] == "http.disconnect" and not finished
             return message
 
-        started = time.perf_counter()
         self._in_flight += places
         self._idle.clear()
         self._metrics.active.inc()
@@ -187,10 +191,10 @@ class ServingLayer:
             body = json.dumps(content).encode()
             send = translate(send, request.stream)
             scope = redirect(scope, "/v1/completions", len(body))
-        elif unknown := sorted(content.keys() - self._fields[scope["path"]]):
+        elif unknown := sorted(content.keys() - self._fields.get(scope["path"], content.keys())):
             raise Refused(400, f"unknown field{'s' * (len(unknown) > 1)}: {', '.join(unknown)[:200]}")
 
-        for name in ("max_tokens", "max_completion_tokens"):
+        for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             value = content.get(name)
             if isinstance(value, int) and value > self._context:
                 raise Refused(400, f"{name} is {value}, the context has {self._context} tokens")
@@ -244,8 +248,8 @@ class ServingLayer:
         return b"".join(chunks)
 
     async def _ready(self, send: Send) -> None:
-        status, state = (503, "draining") if self._draining else (200, "ready")
-        await send_json(send, status, {"status": state})
+        state = "draining" if self._draining else "dead" if self._engine.errored else "ready"
+        await send_json(send, 200 if state == "ready" else 503, {"status": state})
 
     # ---- the life of the process ----
 
@@ -266,6 +270,7 @@ class ServingLayer:
         args, config = state.args, state.vllm_config
         self._settings: ServerSettings = args.chapter
         self._server = state.server
+        self._engine = state.engine_client
         self._model_name = args.served_model_name[0]
         self._context = config.model_config.max_model_len
         self._max_num_seqs = config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size

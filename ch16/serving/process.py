@@ -7,6 +7,7 @@ import select
 import signal
 import socket
 import threading
+import time
 from collections.abc import Sequence
 
 import psutil
@@ -58,17 +59,16 @@ class LoadingResponder:
         while not self._stopping.is_set():
             readable, _, _ = select.select([self._socket], [], [], 0.1)
             if readable and not self._stopping.is_set():
-                try:
+                with contextlib.suppress(OSError):  # a client that went away or dawdled
                     connection, _ = self._socket.accept()
                     with connection:
-                        connection.settimeout(0.5)
+                        connection.settimeout(0.3)
                         connection.sendall(self._answer(connection.recv(65536)))
                         connection.shutdown(socket.SHUT_WR)
-                        for _ in range(64):  # closing on unread bytes would reset the connection
-                            if not connection.recv(65536):
-                                break
-                except OSError:
-                    continue  # a client that went away or dawdled
+                        # Closing on unread bytes would reset the connection: read on, but not for long.
+                        deadline = time.monotonic() + 0.3
+                        while connection.recv(65536) and time.monotonic() < deadline:
+                            pass
 
     @staticmethod
     def _answer(request: bytes) -> bytes:
@@ -135,12 +135,13 @@ def _run_vllm(flags: Sequence[str], settings: ServerSettings, listener: socket.s
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     try:
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     except ImportError:  # before vLLM 0.30
-        from vllm.entrypoints.openai.cli_args import make_arg_parser
+        from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
 
     parser = make_arg_parser(FlexibleArgumentParser(prog="inference_serving.py --serve"))
     args = parser.parse_args(flags)
+    validate_parsed_serve_args(args)
     if (args.api_server_count or 1) > 1 or args.headless:
         parser.error("--serve runs one API server; start several replicas behind a load balancer instead")
     args.chapter = settings  # found by the layer in app.state.args

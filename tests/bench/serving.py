@@ -69,19 +69,18 @@ def main() -> int:
     model = models.bundled()
     shared = ("--scheduling-policy", "priority", "--disable-uvicorn-access-log", "--enable-request-id-headers")
     flags = (*as_flags(engine_args(model, machine)), "--served-model-name", model.name, *shared)
-    if machine.device == "cuda":
-        flags = (*flags, "--gpu-memory-utilization", "0.4")
+    memory = ("--gpu-memory-utilization", "0.4") if machine.device == "cuda" else ()
     plain_command = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1")
 
     report = Report("tests/bench/serving.py", machine, vars(args) | {"model": model.name})
     report.print_card()
     print("starting both servers ...", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        plain = Server(Path(folder), *flags, command=plain_command).start()
-        ours = Server(Path(folder)).start()
+        plain = Server(Path(folder), *flags, *memory, command=plain_command).start()
+        ours = Server(Path(folder), *memory)
         try:
-            plain.wait_ready("/health")
-            ours.wait_ready()
+            plain.wait_ready("/health")  # one after the other: each measures the free memory as it starts
+            ours.start().wait_ready()
             runs = alternate({"plain vLLM": plain.url, "--serve": ours.url}, model, args)
         finally:
             plain.stop()

@@ -95,12 +95,12 @@ def verdicts(*args):
 
 
 def test_claims_on_a_cpu_are_never_decided():
-    assert set(verdicts(best(), SMALL, CPU).values()) == {"n/a"}
-    assert all(v.reason for v in serving.claims(best(), SMALL, CPU))
+    assert set(verdicts(best(), SMALL, CPU, 1).values()) == {"n/a"}
+    assert all(v.reason for v in serving.claims(best(), SMALL, CPU, 1))
 
 
 def test_claims_of_a_small_model_are_never_decided():
-    assert set(verdicts(best(), SMALL, EIGHT).values()) == {"n/a"}
+    assert set(verdicts(best(), SMALL, EIGHT, 8).values()) == {"n/a"}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,11 @@ def test_claims_of_a_small_model_are_never_decided():
     ],
 )
 def test_claims_of_the_33b_model(row, machine, expected):
-    assert verdicts(row, LARGE, machine) == expected
+    assert verdicts(row, LARGE, machine, machine.count) == expected
+
+
+def test_four_of_eight_gpus_do_not_decide_s1():
+    assert verdicts(best(16000.0, gpus=4), LARGE, EIGHT, 4)["S1"] == "n/a"
 
 
 # ---- the command line ----
@@ -124,6 +128,7 @@ def test_claims_of_the_33b_model(row, machine, expected):
     [
         ("--nonsense",), ("--demo", "--serve"), ("--tensor-parallel", "0"), ("--serve", "--json", "x"),
         ("--compare-bf16", "--quantization", "fp8"), ("--device", "tpu"), ("--serve", "--max-queue", "-1"),
+        ("--serve", "--quick"),
     ],
 )  # fmt: skip
 def test_usage_errors_exit_with_2(flags):

@@ -52,6 +52,12 @@ def test_what_cannot_work_is_refused_before_it_starts(model, machine, settings, 
         engine.engine_args(model, machine, **settings)
 
 
+def test_a_checkpoint_that_is_quantized_already_is_left_as_it_is():
+    config = SHAPES["deepseek-coder-33b"] | {"quantization_config": {"quant_method": "awq"}}
+    args = engine.engine_args(Model("path", "quantized", config), A100)
+    assert "quantization" not in args and "kv_cache_dtype" not in args
+
+
 def test_flags_are_vllms():
     args = {"model": "p", "enforce_eager": True, "enable_prefix_caching": False, "max_num_seqs": 4}
     expected = ["--model", "p", "--enforce-eager", "--no-enable-prefix-caching", "--max-num-seqs", "4"]
@@ -64,6 +70,7 @@ def test_what_the_user_has_set_stays(monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    monkeypatch.setattr(engine, "versions", lambda: {"vllm-cpu": "0"})
     environment = engine.os.environ
     engine.prepare_environment(CPU, ranks=2)
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "7" and environment["VLLM_WORKER_MULTIPROC_METHOD"] == "fork"
@@ -71,3 +78,9 @@ def test_what_the_user_has_set_stays(monkeypatch):
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in environment
     for name in ("VLLM_NO_USAGE_STATS", "VLLM_CPU_OMP_THREADS_BIND"):
         monkeypatch.delenv(name)
+
+
+def test_a_cpu_needs_the_cpu_build(monkeypatch):
+    monkeypatch.setattr(engine, "versions", lambda: {"vllm": "0.24.0"})
+    with pytest.raises(CannotRun, match="make install GPU=0"):
+        engine.prepare_environment(CPU)

@@ -45,14 +45,23 @@ def test_cpu_machine():
 
 def test_asking_for_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(gpu, "_gpus", list)
+    monkeypatch.setattr(gpu, "versions", lambda: {"torch": "2.11.0"})
     with pytest.raises(CannotRun, match="no GPU found"):
         gpu.detect("cuda")
     assert gpu.detect("auto").device == "cpu"
 
 
+def test_the_cpu_stack_does_not_use_the_gpu(monkeypatch):
+    monkeypatch.setattr(gpu, "_gpus", lambda: [gpu.Machine("cuda", "a GPU", 1, 1, 1, (9, 0), True, True)])
+    monkeypatch.setattr(gpu, "versions", lambda: {"torch": "2.13.0+cpu"})
+    assert gpu.detect("auto").device == "cpu"
+    with pytest.raises(CannotRun, match="make install GPU=1"):
+        gpu.detect("cuda")
+
+
 def test_unknown_gpu_has_unknown_limits():
     machine = gpu.Machine("cuda", "NVIDIA Imaginary 1", 2, 80 << 30, 8, (9, 0), True, True)
-    assert "unknown TFLOP/s BF16" in gpu.card(machine) and not machine.data_centre
+    assert "unknown TFLOP/s BF16" in gpu.card(machine)
     assert machine.as_dict()["peak"] == {"bf16_flops": None, "fp8_flops": None, "bytes_per_s": None}
 
 

@@ -67,15 +67,39 @@ def test_tensor_parallel_size_always_divides(heads, available):
     ],
 )
 def test_auto_takes_the_largest_that_fits(monkeypatch, machine, chosen):
-    monkeypatch.setattr(models, "_available", lambda hub_id: True)
+    monkeypatch.setattr(models, "_downloaded", lambda hub_id: True)
     monkeypatch.setattr(models, "_hub_config", lambda hub_id: {"vocab_size": 1})
     assert models.resolve("auto", machine).path == chosen
 
 
-def test_auto_without_a_hub_is_the_bundled_model(monkeypatch):
-    monkeypatch.setattr(models, "_available", lambda hub_id: False)
+def test_auto_downloads_nothing():
     model = models.resolve("auto", gpus(8))
-    assert model.name == models.BUNDLED and "hub" in model.note
+    assert model.name == models.BUNDLED
+    assert "--model deepseek-ai/deepseek-coder-33b-instruct fits here and would be downloaded" in model.note
+
+
+def test_auto_prefers_what_was_downloaded(monkeypatch):
+    monkeypatch.setattr(models, "_downloaded", lambda hub_id: "1.3b" in hub_id)
+    monkeypatch.setattr(models, "_hub_config", lambda hub_id: {"vocab_size": 1})
+    assert models.resolve("auto", gpus(8)).path == "deepseek-ai/deepseek-coder-1.3b-instruct"
+
+
+def test_a_download_is_complete_only_with_all_its_weights(tmp_path, monkeypatch):
+    files = {
+        "config.json": "{}",
+        "model.safetensors.index.json": '{"weight_map": {"a": "1.st", "b": "2.st"}}',
+        "1.st": "",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+
+    def look_up(hub_id, name):
+        return str(tmp_path / name) if (tmp_path / name).exists() else None
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", look_up)
+    assert not models._downloaded("some/model")
+    (tmp_path / "2.st").write_text("")
+    assert models._downloaded("some/model")
 
 
 def test_bundled_is_a_complete_checkpoint():

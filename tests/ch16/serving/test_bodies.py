@@ -36,11 +36,17 @@ def test_surrogate_pairs_are_text():
     [
         ({"prompt": "a"}, 1), ({"prompt": ["a", "b"]}, 2), ({"prompt": [1, 2, 3]}, 1), ({"prompt": [[1], [2]]}, 2),
         ({"prompt": ["a", "b"], "n": 3}, 6), ({"messages": [], "n": 4}, 4), ({"prompt": "a", "n": None}, 1),
-        ({"prompt": "a", "n": -5}, 1), ({"prompt": []}, 1), ({"prompt": "a", "n": "x"}, 1),
+        ({"prompt": "a", "n": -5}, 1), ({"prompt": []}, 1), ({"messages": [[{}], [{}]], "n": 2}, 4),
     ],
 )  # fmt: skip
 def test_places_are_sequences(content, places):
     assert bodies.sequences(content) == places
+
+
+@pytest.mark.parametrize("n", ["8", 2.0, True, [1]])
+def test_n_that_vllm_would_convert_is_refused(n):
+    with pytest.raises(Refused):
+        bodies.sequences({"prompt": "a", "n": n})
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ def layer(engine, monkeypatch):
     layer.registry = registry
     layer._settings = ServerSettings(max_queue=1, max_body_bytes=1000)
     layer._server = types.SimpleNamespace(should_exit=False)
+    layer._engine = types.SimpleNamespace(errored=False)
     layer._model_name, layer._context, layer._max_num_seqs, layer._max_prompt_chars = "m", 100, 2, 500
     layer._key_digests = []
     layer._fields = {"/v1/completions": frozenset({"model", "prompt", "max_tokens", "n"})}
@@ -180,6 +181,30 @@ def test_the_queue_is_bounded(layer, engine):
 
     run(scenario())
     assert outcomes(layer) == {"ok": 4, "rejected": 1} and layer._in_flight == 0
+
+
+def test_a_full_queue_refuses_before_it_reads(layer, engine):
+    layer._in_flight = 3
+    client = Client(layer, chunks=[])  # its body never comes
+    assert run(client.run()).status == 429
+
+
+@pytest.mark.parametrize("path", ["/invocations", "/v1/chat/completions/batch", "/v1/something/new"])
+def test_other_inference_routes_take_their_places_too(layer, engine, path):
+    assert run(Client(layer, path, b'{"prompt": ["a", "b", "c", "d"]}').run()).status == 400
+    assert run(Client(layer, path, b'{"prompt": ["a", "b"], "anything": 1}').run()).status == 200
+
+
+@pytest.mark.parametrize("path", ["/ping", "/v1/responses/abc/cancel", "/tokenize"])
+def test_control_takes_no_place(layer, engine, path):
+    layer._in_flight = 3
+    assert run(Client(layer, path).run()).status == 200
+    assert outcomes(layer) == {}
+
+
+def test_a_dead_engine_is_not_ready(layer):
+    layer._engine.errored = True
+    assert run(Client(layer, "/ready", method="GET").run()).status == 503
 
 
 def test_a_client_that_leaves_frees_its_place(layer, engine):

@@ -39,6 +39,8 @@ def prepare_environment(machine: Machine, ranks: int = 1, in_process: bool = Fal
             variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if in_process or ranks > 1:  # vLLM's binding wants a core for each rank and one more
             variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        if ranks > 1:  # a sharded embedding would be compiled, which needs a C++ compiler on this machine
+            variables["TORCHDYNAMO_DISABLE"] = "1"
     for name, value in variables.items():
         os.environ.setdefault(name, value)
 

@@ -65,7 +65,8 @@ def test_flags_are_vllms():
 
 
 def test_what_the_user_has_set_stays(monkeypatch):
-    for name in ("VLLM_NO_USAGE_STATS", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_ENABLE_V1_MULTIPROCESSING"):
+    variables = ("VLLM_NO_USAGE_STATS", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_ENABLE_V1_MULTIPROCESSING")
+    for name in (*variables, "TORCHDYNAMO_DISABLE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
@@ -76,7 +77,7 @@ def test_what_the_user_has_set_stays(monkeypatch):
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "7" and environment["VLLM_WORKER_MULTIPROC_METHOD"] == "fork"
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in environment
-    for name in ("VLLM_NO_USAGE_STATS", "VLLM_CPU_OMP_THREADS_BIND"):
+    for name in ("VLLM_NO_USAGE_STATS", "VLLM_CPU_OMP_THREADS_BIND", "TORCHDYNAMO_DISABLE"):
         monkeypatch.delenv(name)
 
 

@@ -72,7 +72,8 @@ def main() -> int:
     memory = ("--gpu-memory-utilization", "0.4") if machine.device == "cuda" else ()
     plain_command = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1")
 
-    report = Report("tests/bench/serving.py", machine, vars(args) | {"model": model.name})
+    settings = {"model": model.name, "rounds": args.rounds, "prompts": args.prompts, "concurrency": args.concurrency}
+    report = Report("tests/bench/serving.py", machine, settings)
     report.print_card()
     print("starting both servers ...", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:

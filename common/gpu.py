@@ -83,12 +83,11 @@ def detect(device: str = "auto") -> Machine:
         CannotRun: "cuda" was asked for and no GPU answers, or the CPU stack is installed.
     """
     cpu_stack = versions().get("torch", "").endswith("+cpu")
-    if device == "cuda" and cpu_stack and _gpus():
-        raise CannotRun("the CPU stack is installed and cannot use the GPU; run: make install GPU=1")
-    if device != "cpu" and not cpu_stack:
-        gpus = _gpus()
-        if gpus:
+    if device != "cpu" and (gpus := _gpus()):
+        if not cpu_stack:
             return gpus[0]
+        if device == "cuda":
+            raise CannotRun("the CPU stack is installed and cannot use the GPU; run: make install GPU=1")
     if device == "cuda":
         raise CannotRun("no GPU found: the NVIDIA driver lists none (try nvidia-smi, or --device cpu)")
     flags, name = _cpu_info()

@@ -7,7 +7,6 @@ unless a hub id is asked for by name: `auto` takes a hub model only if it was do
 `python3 -m common.models` converts the bundled model; `make install` does that once.
 """
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -17,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -210,7 +209,7 @@ def _automatic(machine: Machine) -> Model:
         if _downloaded(hub_id):
             return resolve(hub_id, machine)
     note = f"the bundled model; --model {fitting[0]} fits here and would be downloaded" if fitting else ""
-    return dataclasses.replace(bundled(), note=note)
+    return replace(bundled(), note=note)
 
 
 def _read_config(folder: Path) -> dict:

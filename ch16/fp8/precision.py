@@ -9,6 +9,7 @@ With Transformer Engine these are `te.quantized_model_init` and `te.autocast`; w
 """
 
 import contextlib
+import os
 import types
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -43,6 +44,8 @@ def transformer_engine() -> tuple[types.ModuleType | None, str]:
     """`transformer_engine.pytorch`, or None and why it cannot be used here."""
     if not torch.cuda.is_available():
         return None, "it needs an NVIDIA GPU"
+    # Its own normalisation kernels are tuned for some widths, and 7,168 is none of them; cuDNN's are made for any.
+    os.environ.setdefault("NVTE_NORM_FWD_USE_CUDNN", "1")
     try:
         import transformer_engine.pytorch as te
     except (ImportError, OSError) as error:

@@ -1,5 +1,7 @@
 """The chapter's block and the script around it; with Transformer Engine in fp8/test_transformer_engine.py."""
 
+import argparse
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -117,6 +119,13 @@ def test_sizes():
     shapes = Sizes(hidden=64, heads=4, kv_heads=2).layer_shapes
     assert shapes == {"qkv_proj": (64, 128), "out_proj": (64, 64), "mlp_fc1": (64, 256), "mlp_fc2": (256, 64)}
     assert Sizes(64, 4, 2, layers=3).bf16_weight_bytes == 2 * 3 * (64 * 128 + 64 * 64 + 2 * 64 * 256)
+
+
+@pytest.mark.parametrize(("tokens", "sequence"), [(256, 128), (1000, 1000), (7, 7)])
+def test_every_token_asked_for_is_measured(tokens, sequence):
+    flags = dict.fromkeys(("quick", "hidden_size", "num_heads", "num_layers", "eval_tokens"))
+    sizes = fp8_quant.sizes_from(argparse.Namespace(**flags, tokens=tokens), CPU)
+    assert (sizes.prefill, sizes.sequence) == (tokens, sequence)
 
 
 # ---- claims ----

@@ -14,14 +14,16 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from ch16.fp8.precision import Precision, calibrate, held_bytes, load_quantized, require_multiples
+from ch16.fp8.precision import Precision, calibrate, filled, held_bytes, load_quantized, require_multiples
 from ch16.fp8.sizes import Sizes
 from common.cli import CannotRun
 from common.models import Model
 from common.results import Column
 
 BF16_ENDS = 2
+CALIBRATION_TOKENS = 8_000  # not scored: delayed scaling sees four windows of them, tuning reads them all
 CALIBRATION_WINDOWS = 4
+FILLS = [2 ** (-i / 8) for i in range(8)]  # from one power of two to the next; a whole one would change nothing
 LOGITS_ROWS = 128  # tokens whose logits exist at a time: 128 x 49,152 floats stay in the cache
 
 
@@ -68,7 +70,7 @@ def windows_of(text: str, tokenizer: object, length: int, tokens: int) -> torch.
     Raises:
         CannotRun: the text is too short.
     """
-    count = math.ceil(tokens / (length - 1)) + CALIBRATION_WINDOWS
+    count = math.ceil(tokens / (length - 1)) + math.ceil(CALIBRATION_TOKENS / length)
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     if len(ids) < count * length:
         raise CannotRun(f"the text has {len(ids):,} tokens; scoring {tokens:,} takes {count * length:,}")
@@ -231,6 +233,23 @@ def inner(names: Sequence[str], ends: int) -> list[str]:
     return [name for name in block if ends <= block[name] <= last - ends]
 
 
+def tune(network: nn.Module, names: Sequence[str], windows: torch.Tensor, batch: int) -> Precision:
+    """Row scaling with the fill of the range that reads `windows` best: for weights first, then for activations.
+
+    FP8's steps double at each power of two, so where a layer's typical values lie between two of them decides how
+    finely they are rounded, and the model says better than any one layer which place is good.
+    """
+
+    def loss(precision: Precision) -> float:
+        restore = convert(network, names, precision, [])
+        scores = score(network, windows, batch, precision, "tuning")
+        restore()
+        return scores.loss.mean().item()
+
+    weights = min(FILLS, key=lambda fill: loss(filled("weights", (fill, None))))
+    return filled("tuned", min(((weights, fill) for fill in FILLS), key=lambda fills: loss(filled("tuned", fills))))
+
+
 def measure_accuracy(
     network: nn.Module, windows: torch.Tensor, base: Precision, precisions: Sequence[Precision], sizes: Sizes
 ) -> list[dict]:
@@ -238,7 +257,7 @@ def measure_accuracy(
 
     All recipes read the first `trial_tokens`. The best of those that multiply in FP8 is tried again with the first
     and last blocks left in BF16, as is usual for small models; the better of the two reads everything, last row.
-    The last windows calibrate delayed scaling and are not scored.
+    The last windows calibrate delayed scaling and tune row scaling, and are not scored.
 
     Args:
         network: a causal LM in BF16; unchanged afterwards.
@@ -247,8 +266,9 @@ def measure_accuracy(
         precisions: recipes to try.
         sizes: trial_tokens, batch, window.
     """
-    examples = windows[-CALIBRATION_WINDOWS:].to(next(network.parameters()).device).chunk(2)
-    scored = windows[:-CALIBRATION_WINDOWS]
+    kept_back = math.ceil(CALIBRATION_TOKENS / windows.shape[1])
+    scored, calibration = windows[:-kept_back], windows[-kept_back:]
+    examples = calibration[:CALIBRATION_WINDOWS].to(next(network.parameters()).device).chunk(2)
     trial = scored[: math.ceil(sizes.trial_tokens / (sizes.window - 1))]
     names = list(linears(network))
     bf16_bytes = sum(held_bytes(network.get_submodule(name)) for name in names)
@@ -263,6 +283,8 @@ def measure_accuracy(
 
     rows, best = [], None
     for precision in precisions:
+        if precision.name == "tuned":
+            precision = tune(network, names, calibration, sizes.batch)
         if precision.calibrate:
             rows.append(read(precision, f"{precision.name}, not calibrated", trial, names, False))
         rows.append(read(precision, precision.name, trial, names, True))

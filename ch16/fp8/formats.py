@@ -4,7 +4,8 @@
     dequantize:  x ~ q / s
 
 One scale may serve the whole tensor, a row, or a block. Scales are powers of two (as in Transformer Engine's
-block scaling and in MXFP8): multiplying by one never rounds, so the format alone makes the error.
+block scaling and in MXFP8): multiplying by one never rounds, so the format alone makes the error. With a `fill` they
+are exact instead, s = fill * max of the format / max |x|: one can choose where between two powers of two values lie.
 
 E4M3 and E5M2 are defined in Micikevicius et al., "FP8 Formats for Deep Learning", arXiv 2209.05433.
 """
@@ -46,6 +47,7 @@ class Quantized:
     values: torch.Tensor
     inverse: torch.Tensor  # 1 / scale, float32: [], [M, 1], or [M / rows, K / columns] with a block
     block: tuple[int, int] | None = None
+    power_of_two: bool = True  # whether the scales are, so that multiplying by them is exact in bfloat16, too
 
     @property
     def nbytes(self) -> int:
@@ -72,10 +74,13 @@ def _scaled(x: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None)
     return product.flatten(2, 3).flatten(0, 1)[: x.shape[0], : x.shape[1]]
 
 
-def power_of_two_scale(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The largest power of two that brings `amax` into the format's range; 1 where `amax` is zero. float32."""
-    amax = amax.float()
-    scale = torch.exp2(torch.floor(torch.log2(torch.finfo(dtype).max / amax)))
+def scale_for(amax: torch.Tensor, dtype: torch.dtype, fill: float | None = None) -> torch.Tensor:
+    """The scale that brings `amax` into the format's range; 1 where `amax` is zero. float32.
+
+    Without `fill` the largest power of two that does; with it, `amax` comes to that share of the format's maximum.
+    """
+    scale = torch.finfo(dtype).max / amax.float()
+    scale = torch.exp2(torch.floor(torch.log2(scale))) if fill is None else fill * scale
     return torch.where((amax > 0) & torch.isfinite(scale), scale, 1.0)
 
 
@@ -109,6 +114,7 @@ def quantize(
     dtype: torch.dtype = E4M3,
     block: tuple[int, int] = ACTIVATION_BLOCK,
     amax: torch.Tensor | None = None,
+    fill: float | None = None,
 ) -> Quantized:
     """A matrix in FP8.
 
@@ -118,6 +124,7 @@ def quantize(
         dtype: E4M3 or E5M2.
         block: for "block", the rows and columns that share a scale; the last ones may be smaller.
         amax: for "tensor", a maximum known beforehand (delayed scaling); larger values saturate.
+        fill: share of the format's range, 0.5 to 1, that the maximum comes to; None: a power of two decides.
 
     Raises:
         ValueError: x is no matrix, or `scaling` is unknown.
@@ -127,13 +134,13 @@ def quantize(
     if scaling == "none":
         scale = torch.ones((), device=x.device)
     else:
-        scale = power_of_two_scale(absolute_maximum(x, scaling, block) if amax is None else amax, dtype)
+        scale = scale_for(absolute_maximum(x, scaling, block) if amax is None else amax, dtype, fill)
     block = block if scaling == "block" else None
-    scaled = _scaled(x, scale, block)
+    scaled = _scaled(x if fill is None else x.float(), scale, block)  # only a power of two is exact in bfloat16
     if scaling == "none" or amax is not None:  # torch turns what is too large into NaN or infinity; hardware saturates
         limit = torch.finfo(dtype).max
         scaled = scaled.clamp_(-limit, limit)
-    return Quantized(scaled.to(dtype), 1 / scale, block)
+    return Quantized(scaled.to(dtype), 1 / scale, block, power_of_two=fill is None)
 
 
 def decode(values: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -149,7 +156,9 @@ def decode(values: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.T
 
 def dequantize(q: Quantized, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """The matrix that the FP8 values stand for: [M, K]."""
-    return q.scaled(decode(q.values, dtype))
+    if q.power_of_two:
+        return q.scaled(decode(q.values, dtype))
+    return q.scaled(decode(q.values, torch.float32)).to(dtype)
 
 
 def error_row(x: torch.Tensor, scaling: str, name: str, block: tuple[int, int]) -> dict[str, float | str]:

@@ -17,25 +17,28 @@ import torch.nn.functional as F
 
 from ch16.fp8.formats import ACTIVATION_BLOCK, WEIGHT_BLOCK, Quantized, decode, dequantize, quantize
 
-# Recipes by the names Transformer Engine's have, and three that it has not.
+# Recipes by the names Transformer Engine's have, and four that it has not.
 #                (weights, activations)
 RECIPES = {
     "delayed": ("tensor", "static"),  # the activations' scale comes from calibration
     "current": ("tensor", "tensor"),  # from the tensor itself
     "block": ("block", "block"),  # 128 x 128 weights, 1 x 128 activations
     "row": ("row", "row"),  # a scale for each output channel and each token
+    "tuned": ("row", "row"),  # the same, with scales whose fill of the range was chosen by what the model then reads
     "weights": ("row", "bf16"),  # FP8 weights, BF16 activations and products: memory only
     "unscaled": ("none", "none"),
 }
 
-_weights_in: ContextVar[str | None] = ContextVar("weights_in", default=None)
+Fills = tuple[float | None, float | None]  # for weights and activations, as in formats.quantize
+
+_weights_in: ContextVar[tuple[str, Fills] | None] = ContextVar("weights_in", default=None)
 _calibrating: ContextVar[bool] = ContextVar("calibrating", default=False)
 
 
 @contextlib.contextmanager
-def quantized_init(recipe: str) -> Iterator[None]:
+def quantized_init(recipe: str, fills: Fills = (None, None)) -> Iterator[None]:
     """Layers created inside hold FP8 weights only, and compute with them by `recipe`, a key of RECIPES."""
-    token = _weights_in.set(recipe)
+    token = _weights_in.set((recipe, fills))
     try:
         yield
     finally:
@@ -61,7 +64,8 @@ def scaled_product(x: Quantized, weight: Quantized) -> torch.Tensor:
         scales = (x.inverse, weight.inverse if one_for_all else weight.inverse.t())
         return torch._scaled_mm(x.values, weight.values.t(), *scales, out_dtype=torch.bfloat16)
     product = decode(x.values) @ decode(weight.values).t()
-    return product * x.inverse.to(product.dtype) * weight.inverse.flatten().to(product.dtype)
+    exact = product.dtype if x.power_of_two and weight.power_of_two else torch.float32
+    return (product * x.inverse.view(-1, 1).to(exact) * weight.inverse.flatten().to(exact)).to(product.dtype)
 
 
 def _has_fp8_units(device: torch.device) -> bool:
@@ -83,7 +87,7 @@ class Linear(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.recipe = _weights_in.get()
+        self.recipe, self.fills = _weights_in.get() or (None, (None, None))
         where = {"dtype": params_dtype, "device": device}
         self.bias = nn.Parameter(torch.zeros(out_features, **where), requires_grad=False) if bias else None
         self.register_buffer("input_amax", torch.zeros((), device=device))  # 0: not calibrated
@@ -95,10 +99,10 @@ class Linear(nn.Module):
 
     def _keep(self, weight: torch.Tensor) -> None:
         weights, _ = RECIPES[self.recipe]
-        quantized = quantize(weight, weights, block=WEIGHT_BLOCK)
+        quantized = quantize(weight, weights, block=WEIGHT_BLOCK, fill=self.fills[0])
         self.register_buffer("weight", quantized.values, persistent=False)
         self.register_buffer("weight_inverse", quantized.inverse, persistent=False)
-        self._weight_block = quantized.block
+        self._weight = {"block": quantized.block, "power_of_two": quantized.power_of_two}
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
         if self.recipe is not None and prefix + "weight" in state_dict:
@@ -111,7 +115,7 @@ class Linear(nn.Module):
             if _calibrating.get():
                 self.input_amax = torch.maximum(self.input_amax, x.abs().amax().float())
             return F.linear(x, self.weight, self.bias)
-        weight = Quantized(self.weight, self.weight_inverse, self._weight_block)
+        weight = Quantized(self.weight, self.weight_inverse, **self._weight)
         rows = x.reshape(-1, x.shape[-1])
         if RECIPES[self.recipe][1] == "bf16":
             product = rows @ dequantize(weight).t()
@@ -123,7 +127,7 @@ class Linear(nn.Module):
     def _quantized_input(self, rows: torch.Tensor) -> Quantized:
         _, activations = RECIPES[self.recipe]
         if activations != "static":
-            return quantize(rows, activations, block=ACTIVATION_BLOCK)
+            return quantize(rows, activations, block=ACTIVATION_BLOCK, fill=self.fills[1])
         if self.input_amax > 0:
             return quantize(rows, "tensor", amax=self.input_amax)
         return quantize(rows, "none")  # as Transformer Engine's delayed scaling before its first update: scale 1

@@ -28,7 +28,7 @@ TOKENS_MULTIPLE = 16  # what FP8 GEMMs ask of every dimension
 class Precision:
     """Modules to build from, and the contexts to build, calibrate and run them in."""
 
-    name: str  # "BF16", or a recipe: "delayed", "current", "block", "row", "unscaled"
+    name: str  # "BF16", or a recipe: "delayed", "current", "block", "row", "tuned", "weights", "unscaled"
     library: types.ModuleType  # has Linear, LayerNormLinear, LayerNormMLP
     weights: Callable[[], AbstractContextManager] = contextlib.nullcontext
     compute: Callable[[], AbstractContextManager] = contextlib.nullcontext
@@ -59,6 +59,11 @@ def bf16(te: types.ModuleType | None) -> Precision:
     return Precision("BF16", te or layers)
 
 
+def filled(recipe: str, fills: layers.Fills) -> Precision:
+    """One of PyTorch's own recipes with exact scales that fill a chosen share of the range."""
+    return Precision(recipe, layers, weights=lambda: layers.quantized_init(recipe, fills))
+
+
 def recipes(te: types.ModuleType | None) -> dict[str, Precision]:
     """The FP8 recipes that run here, by name: Transformer Engine's where it runs, and PyTorch's own."""
     own = {
@@ -70,6 +75,7 @@ def recipes(te: types.ModuleType | None) -> dict[str, Precision]:
         )
         for name in layers.RECIPES
     }
+    own["tuned"] = filled("tuned", (1.0, 1.0))  # until accuracy.tune has chosen
     return own | (_transformer_engine_recipes(te) if te else {})
 
 

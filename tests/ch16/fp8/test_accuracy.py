@@ -55,9 +55,10 @@ def test_comparison_by_hand():
 
 
 def test_windows():
-    windows = accuracy.windows_of("abcdefghij" * 40, Letters(), 10, tokens=90)
-    assert windows.shape == (10 + accuracy.CALIBRATION_WINDOWS, 10)
-    assert windows.flatten().tolist() == [ord(c) for c in "abcdefghij" * 14]
+    kept_back = accuracy.CALIBRATION_TOKENS // 10
+    windows = accuracy.windows_of("abcdefghij" * 1000, Letters(), 10, tokens=90)
+    assert windows.shape == (10 + kept_back, 10)
+    assert windows.flatten().tolist() == [ord(c) for c in "abcdefghij" * (10 + kept_back)]
     with pytest.raises(CannotRun, match="the text has 20 tokens"):
         accuracy.windows_of("ab" * 10, Letters(), 10, tokens=90)
 
@@ -89,6 +90,27 @@ def test_convert_and_restore(recipe):
     assert 0 < ((after - before).norm() / before.norm()).item() < 0.2
     restore()
     assert torch.equal(model(windows).logits, before)
+
+
+def test_tuning_takes_the_fill_that_reads_best(monkeypatch):
+    """The weights' fill is chosen with activations in BF16, the activations' with those weights."""
+    model, windows = llama(), torch.randint(0, 300, (2, 32))
+    monkeypatch.setattr(accuracy, "FILLS", [1.0, 0.8, 0.6])
+    tried, real = [], accuracy.score
+
+    def score(network, text, batch, precision, label):
+        layer = network.get_submodule("model.layers.0.mlp.up_proj")
+        tried.append((precision.name, layer.fills))
+        scores = real(network, text, batch, precision, label)
+        wish = {("weights", (0.8, None)): 1.0, ("tuned", (0.8, 0.6)): 0.5}
+        return Scores(torch.tensor([wish.get(tried[-1], 2.0)]), scores.choice, scores.truth)
+
+    monkeypatch.setattr(accuracy, "score", score)
+    precision = accuracy.tune(model, list(accuracy.linears(model)), windows, 2)
+    assert tried == [("weights", (f, None)) for f in (1.0, 0.8, 0.6)] + [("tuned", (0.8, f)) for f in (1.0, 0.8, 0.6)]
+    with precision.weights():
+        assert layers.Linear(16, 16).fills == (0.8, 0.6)
+    assert isinstance(model.get_submodule("model.layers.0.mlp.up_proj"), torch.nn.Linear)
 
 
 def test_models_without_linear_layers_are_refused():
@@ -127,9 +149,10 @@ def test_hardest_input_is_the_one_with_the_largest_outliers():
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-def test_rows_of_the_measurement():
+def test_rows_of_the_measurement(monkeypatch):
     """Every recipe on the trial, delayed twice, the best on everything; the model is as before."""
-    model, windows = llama(), torch.randint(0, 300, (12 + accuracy.CALIBRATION_WINDOWS, 32))
+    monkeypatch.setattr(accuracy, "CALIBRATION_TOKENS", 128)
+    model, windows = llama(), torch.randint(0, 300, (12 + 4, 32))
     sizes = Sizes(window=32, batch=4, trial_tokens=62)
     before = model(windows).logits
     rows = accuracy.measure_accuracy(model, windows, BF16, list(RECIPES.values()), sizes)

@@ -90,6 +90,20 @@ def test_a_scale_is_a_power_of_two_that_fills_the_range(x, dtype, block):
 
 
 @settings(deadline=None)
+@given(matrices(), st.sampled_from(formats.SCALINGS[1:]), st.sampled_from(DTYPES), st.floats(0.5, 1))
+def test_a_fill_brings_the_maximum_to_its_share_of_the_range(x, scaling, dtype, fill):
+    q = quantize(x, scaling, dtype, fill=fill)
+    amax = formats.absolute_maximum(x, scaling).double()
+    share = amax / q.inverse.double() / torch.finfo(dtype).max
+    assert torch.allclose(share[amax > 0], torch.tensor(fill, dtype=torch.float64), rtol=1e-5)
+    info = torch.finfo(dtype)
+    inverse = q.scaled(torch.ones_like(x, dtype=torch.float32)).double()
+    error = (dequantize(q, torch.float64) - x.double()).abs()
+    half_a_step = torch.maximum(info.eps / 2 * x.double().abs(), info.smallest_normal * info.eps / 2 * inverse)
+    assert bool((error <= half_a_step * (1 + 1e-4) + 1e-6 * x.double().abs()).all())  # the scale itself rounds
+
+
+@settings(deadline=None)
 @given(matrices(), st.sampled_from(BLOCKS))
 def test_block_maxima_against_loops(x, block):
     rows, columns = block

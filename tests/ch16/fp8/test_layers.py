@@ -24,14 +24,25 @@ def pair(recipe, n, k, seed, **options):
 
 
 @settings(deadline=None)
-@given(sizes, sizes, sizes, st.sampled_from(["tensor", "row", "block"]), st.integers(0, 2**31))
-def test_emulated_product_is_that_of_scaled_mm(m, n, k, scaling, seed):
+@given(
+    sizes,
+    sizes,
+    sizes,
+    st.sampled_from(["tensor", "row", "block"]),
+    st.sampled_from([None, 0.7]),
+    st.integers(0, 2**31),
+)
+def test_emulated_product_is_that_of_scaled_mm(m, n, k, scaling, fill, seed):
     """Both against the exact product of the FP8 values; the CPU's torch._scaled_mm takes one scale a tensor."""
     generator = torch.Generator().manual_seed(seed)
-    x = quantize(torch.randn(m, k, generator=generator).bfloat16(), scaling)
-    w = quantize(torch.randn(n, k, generator=generator).bfloat16(), scaling, block=WEIGHT_BLOCK)
+    x = quantize(torch.randn(m, k, generator=generator).bfloat16(), scaling, fill=fill)
+    w = quantize(torch.randn(n, k, generator=generator).bfloat16(), scaling, block=WEIGHT_BLOCK, fill=fill)
     exact = dequantize(x, torch.float64) @ dequantize(w, torch.float64).t()
-    ulp = 2.0**-8 * exact.abs() + 2.0**-20 * dequantize(x, torch.float64).abs() @ dequantize(w, torch.float64).abs().t()
+    products = dequantize(x, torch.float64).abs() @ dequantize(w, torch.float64).abs().t()
+    # Half a step of bfloat16; with exact scales the product, or in blocks each operand, is rounded once more.
+    ulp = 2.0**-8 * (exact.abs() if fill is None else 2 * products) + 2.0**-20 * products
+        x, torch.float64
+    ).abs() @ dequantize(w, torch.float64).abs().t()
     assert bool(((layers.scaled_product(x, w).double() - exact).abs() <= ulp).all())
     if scaling == "tensor":
         theirs = torch._scaled_mm(x.values, w.values.t(), x.inverse, w.inverse, out_dtype=torch.bfloat16)
@@ -39,7 +50,13 @@ def test_emulated_product_is_that_of_scaled_mm(m, n, k, scaling, seed):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.sampled_from(["current", "block", "row", "weights"]), st.integers(1, 40), sizes, sizes, st.integers(0, 2**31))
+@given(
+    st.sampled_from(["current", "block", "row", "tuned", "weights"]),
+    st.integers(1, 40),
+    sizes,
+    sizes,
+    st.integers(0, 2**31),
+)
 def test_layer_error_is_bounded_by_the_format(recipe, tokens, n, k, seed):
     """|y8 - y| <= sum |x||w| ((1 + u)^2 - 1), u = half a step of E4M3, plus what underflows and BF16's rounding."""
     plain, small = pair(recipe, n, k, seed, bias=False)

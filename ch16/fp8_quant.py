@@ -295,6 +295,8 @@ def sizes_from(args: argparse.Namespace, machine: Machine) -> Sizes:
     if args.tokens is not None:
         whole = args.tokens % sizes.sequence == 0
         sizes = replace(sizes, sequence=sizes.sequence if whole else args.tokens)  # otherwise one sequence
+    if args.recipes != "all" and not args.quick:  # fewer recipes: more text for each
+        sizes = replace(sizes, trial_tokens=8 * sizes.trial_tokens)
     return replace(sizes, trial_tokens=min(sizes.trial_tokens, sizes.eval_tokens))
 
 

@@ -20,7 +20,7 @@ from common.cli import CannotRun
 from common.models import Model
 from common.results import Column
 
-BF16_ENDS = 2
+BF16_ENDS = (1, 2, 4)  # so many first and last blocks are left in BF16
 CALIBRATION_TOKENS = 8_000  # not scored: delayed scaling sees four windows of them, tuning reads them all
 CALIBRATION_WINDOWS = 4
 FILLS = [2 ** (-i / 8) for i in range(8)]  # from one power of two to the next; a whole one would change nothing
@@ -255,8 +255,8 @@ def measure_accuracy(
 ) -> list[dict]:
     """Perplexity and choices of a model in BF16 and by each recipe, on the same text.
 
-    All recipes read the first `trial_tokens`. The best of those that multiply in FP8 is tried again with the first
-    and last blocks left in BF16, as is usual for small models; the better of the two reads everything, last row.
+    All recipes read the first `trial_tokens`. The best of those that multiply in FP8 is tried again with some of the
+    first and last blocks left in BF16, as is usual for small models; the best of all reads everything, last row.
     The last windows calibrate delayed scaling and tune row scaling, and are not scored.
 
     Args:
@@ -290,11 +290,13 @@ def measure_accuracy(
         rows.append(read(precision, precision.name, trial, names, True))
         if precision.name != "weights" and (best is None or rows[-1]["perplexity"] < best[0]["perplexity"]):
             best = (rows[-1], precision, names)
-    if best and (middle := inner(names, BF16_ENDS)):
-        label = f"{best[1].name}, first and last {BF16_ENDS} blocks BF16"
-        rows.append(read(best[1], label, trial, middle, True))
-        if rows[-1]["perplexity"] < best[0]["perplexity"]:
-            best = (rows[-1], best[1], middle)
+    for ends in BF16_ENDS if best else ():
+        _, precision, _ = best
+        if middle := inner(names, ends):
+            label = f"{precision.name}, first and last {ends} BF16"
+            rows.append(read(precision, label, trial, middle, True))
+            if rows[-1]["perplexity"] < best[0]["perplexity"]:
+                best = (rows[-1], precision, middle)
     if best and (len(trial) < len(scored) or rows[-1] is not best[0]):
         row, precision, layers = best
         rows.append(row if len(trial) == len(scored) else read(precision, row["recipe"], scored, layers, True))

@@ -25,7 +25,7 @@ def gemm_columns(precisions: Sequence[Precision]) -> list[Column]:
         Column("peak_percent", "best, % of peak", ".0f"),
         Column("of_limit", "best / limit", ".2f"),
         Column("speedup", "best / BF16", ".2f"),
-        Column("eager_speedup", "eager / BF16 eager", ".2f"),
+        Column("eager_speedup", f"{precisions[0].name} / BF16, both eager", ".2f"),
     ]
 
 

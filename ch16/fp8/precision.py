@@ -13,7 +13,7 @@ import os
 import types
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -33,11 +33,6 @@ class Precision:
     weights: Callable[[], AbstractContextManager] = contextlib.nullcontext
     compute: Callable[[], AbstractContextManager] = contextlib.nullcontext
     calibrate: Callable[[], AbstractContextManager] | None = None  # None: the recipe needs no calibration
-
-    @property
-    def is_fp8(self) -> bool:
-        """Whether weights take one byte."""
-        return self.name != "BF16"
 
 
 def transformer_engine() -> tuple[types.ModuleType | None, str]:
@@ -98,8 +93,10 @@ def _transformer_engine_recipes(te: types.ModuleType) -> dict[str, Precision]:
 
     # E4M3 in the forward pass, E5M2 (more range) for gradients. The chapter's `interval` is gone from this class.
     delayed = DelayedScaling(margin=0, fp8_format=Format.HYBRID)
-    found = {"delayed": precision("delayed", delayed), "current": precision("current", Float8CurrentScaling())}
-    found["delayed"] = Precision(**{**found["delayed"].__dict__, "calibrate": calibrate})
+    found = {
+        "delayed": replace(precision("delayed", delayed), calibrate=calibrate),
+        "current": precision("current", Float8CurrentScaling()),
+    }
     if te.is_fp8_block_scaling_available():
         found["block"] = precision("block", Float8BlockScaling())
     return found

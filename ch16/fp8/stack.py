@@ -83,15 +83,15 @@ def measure_stack(
     memory["bf16_peak_mb"] = (twin_bytes + _activation_peak(lambda: twin(x))) / 1e6
     memory["fp8_peak_mb"] = (fp8_bytes + _activation_peak(lambda: quantized(x))) / 1e6
 
-    models_ = {"bf16": twin, "fp8": quantized}
-    timings = measure_together({k: lambda m=m: m(x) for k, m in models_.items()}, device, repeats=sizes.repeats)
+    pair = {"bf16": twin, "fp8": quantized}
+    timings = measure_together({k: lambda m=m: m(x) for k, m in pair.items()}, device, repeats=sizes.repeats)
     rates = {name: sizes.prefill / timing.median for name, timing in timings.items()}
     rows = [_speed_row(precision, "prefill", sizes.prefill, rates)]
     for sequences in sizes.decode:
         token = torch.randn(sequences, 1, sizes.hidden, dtype=torch.bfloat16, device=device)
         shape = (2, sequences, sizes.kv_heads, sizes.context, sizes.head_dim)
         caches = [torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in range(sizes.layers)]
-        steps = {k: lambda m=m: m(token, caches, sizes.context - 1) for k, m in models_.items()}  # noqa: B023
+        steps = {k: lambda m=m: m(token, caches, sizes.context - 1) for k, m in pair.items()}  # noqa: B023
         eager = {k: sequences / measure(step, device, repeats=sizes.repeats).median for k, step in steps.items()}
         graphs = {k: graphed(step) for k, step in steps.items()}
         timings = measure_together(graphs, device, repeats=2 * sizes.repeats)

@@ -252,10 +252,10 @@ def plot(
         right.legend()
     else:
         rows = readings[1:]
-        right.barh([f"{r['recipe']}\n({r['tokens']:,} tokens)" for r in rows],
+        right.barh([f"{r['recipe']} ({r['tokens']:,})" for r in rows],
                    [100 * (r["perplexity_ratio"] - 1) for r in rows])  # fmt: skip
         right.invert_yaxis()
-        right.set(title="perplexity above BF16, %")
+        right.set(title="perplexity above BF16, % (tokens read)")
     figure.savefig(path, dpi=120)
     print(f"\nwritten: {path}")
 

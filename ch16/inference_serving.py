@@ -91,8 +91,9 @@ def start_engine(settings: dict[str, object]) -> tuple["LLM", float]:
     try:
         llm = vllm.LLM(**settings, use_tqdm_on_load=False)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CannotRun(f"vLLM did not start: {lines[0]} (VLLM_LOGGING_LEVEL=INFO shows its log)") from None
+        raise CannotRun(
+            f"vLLM did not start: {cli.first_line(error)} (VLLM_LOGGING_LEVEL=INFO shows its log)"
+        ) from None
     return llm, time.perf_counter() - started
 
 

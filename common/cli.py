@@ -13,6 +13,11 @@ class CannotRun(Exception):
     """The script cannot go on here; the message says what is wrong and what to do, in one line."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; the name of its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keep the docstring's line breaks, show defaults, but not "(default: None)"."""
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from common.cli import CannotRun
+from common.cli import CannotRun, first_line
 from common.gpu import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -263,7 +263,7 @@ def _hub_config(hub_id: str) -> dict:
     try:
         return _text_config(json.loads(Path(hf_hub_download(hub_id, "config.json")).read_text()))
     except Exception as error:  # the hub client has a dozen exceptions; each says in its first line what is wrong
-        raise CannotRun(f"cannot load '{hub_id}' from the hub: {str(error).splitlines()[0]}") from None
+        raise CannotRun(f"cannot load '{hub_id}' from the hub: {first_line(error)}") from None
 
 
 def convert_bundled() -> Path:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ch16.fp8.precision import Precision, calibrate, filled, held_bytes, load_quantized, require_multiples
 from ch16.fp8.sizes import Sizes
-from common.cli import CannotRun
+from common.cli import CannotRun, first_line
 from common.models import Model
 from common.results import Column
 
@@ -42,7 +42,7 @@ def load_model(model: Model, device: str) -> tuple[nn.Module, object]:
         tokenizer = AutoTokenizer.from_pretrained(model.path)
         network = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.bfloat16)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CannotRun(f"cannot load '{model.name}': {str(error).strip().splitlines()[0]}") from None
+        raise CannotRun(f"cannot load '{model.name}': {first_line(error)}") from None
     return network.to(device).eval().requires_grad_(False), tokenizer
 
 

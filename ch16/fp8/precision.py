@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 
 from ch16.fp8 import layers
-from common.cli import CannotRun
+from common.cli import CannotRun, first_line
 
 TOKENS_MULTIPLE = 16  # what FP8 GEMMs ask of every dimension
 
@@ -44,7 +44,7 @@ def transformer_engine() -> tuple[types.ModuleType | None, str]:
     try:
         import transformer_engine.pytorch as te
     except (ImportError, OSError) as error:
-        return None, f"it is not installed ({str(error).splitlines()[0]}); run: make install GPU=1"
+        return None, f"it is not installed ({first_line(error)}); run: make install GPU=1"
     usable, reason = te.is_fp8_available(return_reason=True)
     return (te, "") if usable else (None, reason)
 

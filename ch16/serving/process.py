@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import psutil
 
 from ch16.serving.layer import ServerSettings
-from common.cli import CannotRun
+from common.cli import CannotRun, first_line
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -104,8 +104,7 @@ def run_until_stopped(flags: Sequence[str], settings: ServerSettings, listener: 
     try:
         _run_vllm(flags, settings, listener)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CannotRun(f"the server failed: {lines[0]} (its log is above)") from None
+        raise CannotRun(f"the server failed: {first_line(error)} (its log is above)") from None
     if not settings.stopped_by_signal:
         raise CannotRun("the engine died (its log is above)")
     return 0

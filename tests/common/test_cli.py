@@ -42,3 +42,10 @@ def test_numbers_out_of_range(kind, text):
     with pytest.raises(argparse.ArgumentTypeError):
         kind(text)
     assert kind("5") == 5
+
+
+@pytest.mark.parametrize(
+    ("error", "line"), [(OSError("a\nb"), "a"), (ValueError("\n  c \nd"), "c"), (KeyError(), "KeyError")]
+)
+def test_an_exception_in_one_line(error, line):
+    assert cli.first_line(error).strip() == line

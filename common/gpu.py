@@ -125,10 +125,15 @@ def _gpus() -> list[Machine]:
             cores=len(os.sched_getaffinity(0)),
             capability=capability,
             native_bf16=capability >= (8, 0),
-            native_fp8=capability >= (8, 9),
+            native_fp8=has_fp8_units(capability),
             peak=PEAKS.get(name, Peak()),
         )
     ]
+
+
+def has_fp8_units(capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this CUDA compute capability multiplies FP8: from Ada (8.9) on."""
+    return capability >= (8, 9)
 
 
 def visible_handles(nvml) -> list:  # noqa: ANN001 (the pynvml module, or a stand-in in tests)

@@ -88,7 +88,7 @@ def measure_together(
     """Time several pieces of work turn by turn, so that clocks, heat and power limits treat them alike.
 
     A GPU at its power limit slows down within milliseconds: of two pieces timed one after the other the second
-    would pay for the first. Arguments and errors as in `measure`.
+    would pay for the first. Arguments as in `measure`, for each piece.
     """
     for work in works.values():
         for _ in range(warmup):

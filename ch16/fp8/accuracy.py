@@ -70,11 +70,16 @@ def windows_of(text: str, tokenizer: object, length: int, tokens: int) -> torch.
     Raises:
         CannotRun: the text is too short.
     """
-    count = math.ceil(tokens / (length - 1)) + math.ceil(CALIBRATION_TOKENS / length)
+    count = math.ceil(tokens / (length - 1)) + _kept_back(length)
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     if len(ids) < count * length:
         raise CannotRun(f"the text has {len(ids):,} tokens; scoring {tokens:,} takes {count * length:,}")
     return ids[: count * length].view(count, length)
+
+
+def _kept_back(length: int) -> int:
+    """How many windows of this length, the last ones, are for calibration."""
+    return math.ceil(CALIBRATION_TOKENS / length)
 
 
 @dataclass(frozen=True)
@@ -266,7 +271,7 @@ def measure_accuracy(
         precisions: recipes to try.
         sizes: trial_tokens, batch, window.
     """
-    kept_back = math.ceil(CALIBRATION_TOKENS / windows.shape[1])
+    kept_back = _kept_back(sizes.window)
     scored, calibration = windows[:-kept_back], windows[-kept_back:]
     examples = calibration[:CALIBRATION_WINDOWS].to(next(network.parameters()).device).chunk(2)
     trial = scored[: math.ceil(sizes.trial_tokens / (sizes.window - 1))]

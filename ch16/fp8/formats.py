@@ -19,11 +19,9 @@ E4M3 = torch.float8_e4m3fn
 E5M2 = torch.float8_e5m2
 FORMATS = {"E4M3": E4M3, "E5M2": E5M2, "FP16": torch.float16, "BF16": torch.bfloat16}
 
-BLOCK = 128
-# One scale for: nothing at all, the tensor, a row, or a block of (rows, columns).
-ACTIVATION_BLOCK = (1, BLOCK)
-WEIGHT_BLOCK = (BLOCK, BLOCK)
-SCALINGS = ("none", "tensor", "row", "block")
+SCALINGS = ("none", "tensor", "row", "block")  # one scale for: nothing at all, the tensor, each row, each block
+ACTIVATION_BLOCK = (1, 128)  # rows, columns
+WEIGHT_BLOCK = (128, 128)
 
 
 def format_row(name: str) -> dict[str, float | str]:

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from ch16.fp8 import formats
-from ch16.fp8.precision import TOKENS_MULTIPLE, Precision, calibrate, load_quantized, padded_rows
+from ch16.fp8.precision import Precision, calibrate, load_quantized, pad_rows, padded_rows
 from common.gpu import Machine
 from common.results import Column
 from common.timing import graphed, measure, measure_together
@@ -46,10 +45,11 @@ def measure_gemm(
     """
     options = {"bias": False, "params_dtype": torch.bfloat16, "device": machine.device}
     x = torch.randn(tokens, k, dtype=torch.bfloat16, device=machine.device)
+    padded = pad_rows(x)
     plain = base.library.Linear(k, n, **options).requires_grad_(False)
     works = {"BF16": lambda: plain(x)}
     for precision in precisions:
-        calibrate(plain, precision, [F.pad(x, (0, 0, 0, -tokens % TOKENS_MULTIPLE))] * 2)
+        calibrate(plain, precision, [padded, padded])
         with precision.weights():
             quantized = precision.library.Linear(k, n, **options)
         load_quantized(quantized, plain, precision)
@@ -62,7 +62,7 @@ def measure_gemm(
     eager = {name: measure(works[name], machine.device, repeats=repeats).median for name in list(works)[:2]}
 
     one = torch.ones((), device=machine.device)
-    x8 = F.pad(x, (0, 0, 0, -tokens % TOKENS_MULTIPLE)).to(formats.E4M3)
+    x8 = padded.to(formats.E4M3)
     w8 = (plain.weight * 16).to(formats.E4M3).t()
     works["limit"] = lambda: torch._scaled_mm(x8, w8, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
     times = math.ceil(4096 / tokens)  # small products are repeated in the graph: its launch must not count

@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ch16.fp8.formats import ACTIVATION_BLOCK, WEIGHT_BLOCK, Quantized, decode, dequantize, quantize
+from common.gpu import has_fp8_units
 
 # Recipes by the names Transformer Engine's have, and four that it has not.
 #                (weights, activations)
@@ -59,17 +60,14 @@ def scaled_product(x: Quantized, weight: Quantized) -> torch.Tensor:
     """x [M, K] times the transpose of weight [N, K], in bfloat16: [M, N]."""
     if x.block or weight.block:
         return dequantize(x) @ dequantize(weight).t()
-    if _has_fp8_units(x.values.device):
+    device = x.values.device
+    if device.type == "cuda" and has_fp8_units(torch.cuda.get_device_capability(device)):
         one_for_all = x.inverse.dim() == 0
         scales = (x.inverse, weight.inverse if one_for_all else weight.inverse.t())
         return torch._scaled_mm(x.values, weight.values.t(), *scales, out_dtype=torch.bfloat16)
     product = decode(x.values) @ decode(weight.values).t()
     exact = product.dtype if x.power_of_two and weight.power_of_two else torch.float32
     return (product * x.inverse.view(-1, 1).to(exact) * weight.inverse.flatten().to(exact)).to(product.dtype)
-
-
-def _has_fp8_units(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 class Linear(nn.Module):

@@ -35,9 +35,9 @@ class Precision:
     calibrate: Callable[[], AbstractContextManager] | None = None  # None: the recipe needs no calibration
 
 
-def transformer_engine() -> tuple[types.ModuleType | None, str]:
-    """`transformer_engine.pytorch`, or None and why it cannot be used here."""
-    if not torch.cuda.is_available():
+def transformer_engine(device: str) -> tuple[types.ModuleType | None, str]:
+    """`transformer_engine.pytorch`, or None and why it cannot be used on this device ("cuda" or "cpu")."""
+    if device != "cuda" or not torch.cuda.is_available():
         return None, "it needs an NVIDIA GPU"
     # Its own normalisation kernels are tuned for some widths, and 7,168 is none of them; cuDNN's are made for any.
     os.environ.setdefault("NVTE_NORM_FWD_USE_CUDNN", "1")
@@ -143,11 +143,14 @@ def require_multiples(**sizes: int) -> None:
             )
 
 
+def pad_rows(rows: torch.Tensor) -> torch.Tensor:
+    """A matrix with zero rows added until FP8 takes their number; itself where it does already."""
+    missing = -rows.shape[0] % TOKENS_MULTIPLE
+    return nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
 def padded_rows(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """`layer` on x [..., K], with zero rows added so that FP8 takes the number of tokens, and taken away again."""
     rows = x.reshape(-1, x.shape[-1])
-    missing = -rows.shape[0] % TOKENS_MULTIPLE
-    if missing:
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
-    y = layer(rows)
-    return y[: y.shape[0] - missing].view(*x.shape[:-1], y.shape[-1])
+    y = layer(pad_rows(rows))
+    return y[: rows.shape[0]].view(*x.shape[:-1], y.shape[-1])

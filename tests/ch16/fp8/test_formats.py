@@ -38,6 +38,13 @@ def matrices(draw):
     return x.to(draw(st.sampled_from([torch.float32, torch.bfloat16])))
 
 
+def error_and_half_a_step(x, q, dtype):
+    """How far each value is off, in float64, and half the distance of the format's values there."""
+    info, inverse = torch.finfo(dtype), q.scaled(torch.ones_like(x, dtype=torch.float32)).double()
+    half_a_step = torch.maximum(info.eps / 2 * x.double().abs(), info.smallest_normal * info.eps / 2 * inverse)
+    return (dequantize(q, torch.float64) - x.double()).abs(), half_a_step
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_format_is_what_its_definition_says(dtype):
     bits = torch.arange(256, dtype=torch.uint8).view(dtype).double()
@@ -70,10 +77,7 @@ def test_every_value_is_rounded_to_the_nearest(x, scaling, dtype, block):
 @settings(deadline=None)
 @given(matrices(), st.sampled_from(formats.SCALINGS[1:]), st.sampled_from(DTYPES), st.sampled_from(BLOCKS))
 def test_error_is_bounded_by_the_format(x, scaling, dtype, block):
-    q = quantize(x, scaling, dtype, block)
-    info, inverse = torch.finfo(dtype), q.scaled(torch.ones_like(x, dtype=torch.float32)).double()
-    error = (dequantize(q, torch.float64) - x.double()).abs()
-    half_a_step = torch.maximum(info.eps / 2 * x.double().abs(), info.smallest_normal * info.eps / 2 * inverse)
+    error, half_a_step = error_and_half_a_step(x, quantize(x, scaling, dtype, block), dtype)
     assert bool((error <= half_a_step).all())
 
 
@@ -96,10 +100,7 @@ def test_a_fill_brings_the_maximum_to_its_share_of_the_range(x, scaling, dtype, 
     amax = formats.absolute_maximum(x, scaling).double()
     share = amax / q.inverse.double() / torch.finfo(dtype).max
     assert torch.allclose(share[amax > 0], torch.tensor(fill, dtype=torch.float64), rtol=1e-5)
-    info = torch.finfo(dtype)
-    inverse = q.scaled(torch.ones_like(x, dtype=torch.float32)).double()
-    error = (dequantize(q, torch.float64) - x.double()).abs()
-    half_a_step = torch.maximum(info.eps / 2 * x.double().abs(), info.smallest_normal * info.eps / 2 * inverse)
+    error, half_a_step = error_and_half_a_step(x, q, dtype)
     assert bool((error <= half_a_step * (1 + 1e-4) + 1e-6 * x.double().abs()).all())  # the scale itself rounds
 
 

@@ -18,7 +18,7 @@ SMALL = Sizes(512, 8, 2, 2, prefill=1024, sequence=64, gemm_tokens=(), decode=(4
 
 @pytest.fixture(scope="module")
 def te():
-    library, reason = transformer_engine()
+    library, reason = transformer_engine("cuda")
     if library is None:
         pytest.skip(f"Transformer Engine: {reason}")
     return library

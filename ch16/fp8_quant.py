@@ -38,10 +38,12 @@ from ch16.fp8.gemm import gemm_columns, measure_gemm
 from ch16.fp8.precision import Precision, bf16, padded_rows, recipes, require_multiples, transformer_engine
 from ch16.fp8.sizes import Sizes
 from ch16.fp8.stack import MEMORY_COLUMNS, STACK_COLUMNS, measure_stack
-from common import cli, models
+from common import cli, fp8, models
 from common.cli import CannotRun
 from common.gpu import Machine, detect
+from common.plots import draw, save_plot
 from common.results import Column, Report, Verdict, judge, not_applicable
+from common.text import load_model, read_text
 
 # ---- configuration: the chapter's claims, and sizes that show them ----
 
@@ -175,12 +177,12 @@ ERROR_COLUMNS = (
 
 def scaling_errors(weight: torch.Tensor, inputs: torch.Tensor) -> list[dict]:
     """What each format and scaling loses on a layer's weight [N, K] and its input [T, K]."""
-    tensors = (("weight", weight, formats.WEIGHT_BLOCK), ("input", inputs, formats.ACTIVATION_BLOCK))
+    tensors = (("weight", weight, fp8.WEIGHT_BLOCK), ("input", inputs, fp8.ACTIVATION_BLOCK))
     return [
         {"tensor": name, **formats.error_row(x, scaling, kind, block)}
         for name, x, block in tensors
         for kind in ("E4M3", "E5M2")
-        for scaling in formats.SCALINGS
+        for scaling in fp8.SCALINGS
     ]
 
 
@@ -229,14 +231,9 @@ def plot(
     path: str, errors: Sequence[dict], gemms: Sequence[dict], names: Sequence[str], readings: Sequence[dict]
 ) -> None:
     """Error by scaling beside speed-up over tokens; without speeds, beside the perplexity each recipe costs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = draw(2)
     groups = [(tensor, kind) for tensor in ("weight", "input") for kind in ("E4M3", "E5M2")]
-    for i, scaling in enumerate(formats.SCALINGS):
+    for i, scaling in enumerate(fp8.SCALINGS):
         by_group = {(r["tensor"], r["format"]): r["row_error_percent"] for r in errors if r["scaling"] == scaling}
         left.bar([x + 0.2 * i for x in range(len(groups))], [by_group[g] for g in groups], 0.19, label=scaling)
     left.set(title="relative error (mean of rows), %")
@@ -256,8 +253,7 @@ def plot(
                    [100 * (r["perplexity_ratio"] - 1) for r in rows])  # fmt: skip
         right.invert_yaxis()
         right.set(title="perplexity above BF16, % (tokens read)")
-    figure.savefig(path, dpi=120)
-    print(f"\nwritten: {path}")
+    save_plot(figure, path)
 
 
 def check_memory(machine: Machine, sizes: Sizes, model: models.Model) -> None:
@@ -326,7 +322,7 @@ def main() -> int:
     if unknown := [name for name in wanted if name not in available]:
         parser.error(f"unknown recipe '{unknown[0]}'; here are {', '.join(available)}")
     sizes = sizes_from(args, machine)
-    text, source = accuracy.read_text(args.text)
+    text, source = read_text(args.text)
     model = models.resolve(args.model, machine)
     check_memory(machine, sizes, model)
 
@@ -342,7 +338,7 @@ def main() -> int:
     torch.manual_seed(args.seed)
 
     report.table("formats", "Number formats", [formats.format_row(name) for name in formats.FORMATS], FORMAT_COLUMNS)
-    network, tokenizer = accuracy.load_model(model, machine.device)
+    network, tokenizer = load_model(model, machine.device)
     windows = accuracy.windows_of(text, tokenizer, sizes.window, sizes.eval_tokens)
     layer, inputs = accuracy.hardest_input(network, list(accuracy.linears(network)), windows[0])
     errors = scaling_errors(network.get_submodule(layer).weight, inputs)

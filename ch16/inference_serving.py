@@ -23,10 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
-import gc
-import itertools
 import math
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,11 +34,12 @@ from tqdm import tqdm
 from ch16.serving.bodies import MAX_TOKENS, TEMPERATURE, TOP_P
 from common import cli, models
 from common.cli import CannotRun
-from common.engine import as_flags, engine_args, prepare_environment, quiet
+from common.engine import as_flags, engine_args, prepare_environment, quiet, start_engine, stop_engine
 from common.gpu import Machine, UtilizationSampler, detect
+from common.load import random_prompts, send_wave, summarise
 from common.models import Model
+from common.plots import draw, save_plot
 from common.results import Column, Report, Verdict, judge, not_applicable
-from common.timing import percentile
 
 if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment that prepare_environment sets
     from vllm import LLM
@@ -82,28 +80,6 @@ def sizes_for(machine: Machine, quick: bool) -> Sizes:
 # ---- mechanism: the engine, the completions, one wave of load, the search for the best one ----
 
 
-def start_engine(settings: dict[str, object]) -> tuple["LLM", float]:
-    """A vLLM engine and the seconds it took to start."""
-    started = time.perf_counter()
-    print(f"\nstarting vLLM (tensor parallel {settings['tensor_parallel_size']}) ...", file=sys.stderr, flush=True)
-    import vllm
-
-    try:
-        llm = vllm.LLM(**settings, use_tqdm_on_load=False)
-    except Exception as error:
-        raise CannotRun(
-            f"vLLM did not start: {cli.first_line(error)} (VLLM_LOGGING_LEVEL=INFO shows its log)"
-        ) from None
-    return llm, time.perf_counter() - started
-
-
-def stop_engine(llm: "LLM") -> None:
-    """Give the engine's memory back, so that another one can start."""
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    gc.collect()
-
-
 def complete(llm: "LLM", max_tokens: int, seed: int) -> None:
     """Print each of the chapter's prompts with its completion."""
     from vllm import SamplingParams
@@ -116,67 +92,6 @@ def complete(llm: "LLM", max_tokens: int, seed: int) -> None:
         print(f"\nPrompt: {output.prompt}\nGenerated: {output.outputs[0].text}")
     tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
     print(f"\n{len(PROMPTS)} completions, {tokens} tokens in {seconds:.1f} s", flush=True)
-
-
-def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
-    """`count` prompts of `length` random token ids: nothing to reuse, so prefix caching cannot flatter."""
-    rng = random.Random(seed)
-    return [[rng.randrange(10, vocab_size) for _ in range(length)] for _ in range(count)]
-
-
-def send_wave(
-    llm: "LLM",
-    prompts: Sequence[Sequence[int]],
-    tokens_out: int,
-    on_token: Callable[[int], object] = lambda n: None,
-) -> tuple[list[float], list[list[float]]]:
-    """Send all prompts at once; drive the engine step by step until each has `tokens_out` tokens.
-
-    Returns:
-        When each request was sent and when each of its tokens arrived: seconds, [N] and [N][tokens_out].
-    """
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    sampling = SamplingParams(
-        temperature=1.0, max_tokens=tokens_out, ignore_eos=True, output_kind=RequestOutputKind.DELTA
-    )
-    engine = llm.llm_engine
-    sent, arrived = [], [[] for _ in prompts]
-    for i, prompt in enumerate(prompts):
-        sent.append(time.perf_counter())
-        engine.add_request(str(i), {"prompt_token_ids": prompt}, sampling)
-    while engine.has_unfinished_requests():
-        outputs = engine.step()
-        now = time.perf_counter()
-        for output in outputs:
-            new = len(output.outputs[0].token_ids)
-            arrived[int(output.request_id)].extend([now] * new)
-            on_token(new)
-    return sent, arrived
-
-
-def summarise(sent: Sequence[float], arrived: Sequence[Sequence[float]], gpus: int) -> dict[str, float]:
-    """The field's serving figures of one wave.
-
-    TTFT: sent to first token. TPOT of a request: (last - first token) / (tokens - 1). ITL: the gap between two
-    tokens. End to end: sent to last token. Definitions as in vLLM's benchmark client.
-
-    Raises:
-        ValueError: a request with fewer than two tokens has no TPOT.
-    """
-    if min(map(len, arrived)) < 2:
-        raise ValueError("every request needs at least two tokens")
-    ttft = [tokens[0] - start for start, tokens in zip(sent, arrived, strict=True)]
-    tpot = [(tokens[-1] - tokens[0]) / (len(tokens) - 1) for tokens in arrived]
-    itl = [later - earlier for tokens in arrived for earlier, later in itertools.pairwise(tokens)]
-    e2e = [tokens[-1] - start for start, tokens in zip(sent, arrived, strict=True)]
-    seconds = max(tokens[-1] for tokens in arrived) - min(sent)
-    tokens_per_s = sum(map(len, arrived)) / seconds
-    row = {"concurrency": len(sent), "tokens_per_s": tokens_per_s, "tokens_per_s_gpu": tokens_per_s / gpus}
-    for name, values in (("ttft", ttft), ("tpot", tpot), ("itl", itl), ("e2e", e2e)):
-        row |= {f"{name}_p50_ms": 1e3 * percentile(values, 50), f"{name}_p99_ms": 1e3 * percentile(values, 99)}
-    return row
 
 
 def meets_targets(row: dict[str, float]) -> bool:
@@ -313,12 +228,7 @@ def claims(best: dict[str, float], model: Model, machine: Machine, gpus: int) ->
 
 def plot(path: str, rows: Sequence[dict], title: str) -> None:
     """Throughput and TPOT P99 over concurrency, one line a precision, with the target drawn in."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = draw(2)
     for precision in dict.fromkeys(row["precision"] for row in rows):
         line = [row for row in rows if row["precision"] == precision]
         x = [row["concurrency"] for row in line]
@@ -333,8 +243,7 @@ def plot(path: str, rows: Sequence[dict], title: str) -> None:
     left.legend()
     right.legend()
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    print(f"\nwritten: {path}")
+    save_plot(figure, path)
 
 
 def demo(args: argparse.Namespace) -> int:

@@ -3,11 +3,18 @@
 Call `prepare_environment` before anything imports vllm (it reads its environment at import).
 """
 
+import gc
 import os
+import sys
+import time
+from typing import TYPE_CHECKING
 
-from common.cli import CannotRun
+from common.cli import CannotRun, first_line
 from common.gpu import Machine, versions
 from common.models import Model, parameter_count, tensor_parallel_size
+
+if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment that prepare_environment sets
+    from vllm import LLM
 
 GPU_MEMORY_UTILIZATION = 0.90  # the chapter's: the rest is for CUDA graphs, NCCL and other processes
 CPU_KV_CACHE_GIB = 2  # vLLM would take 92% of the RAM
@@ -151,3 +158,23 @@ def as_flags(args: dict[str, object]) -> list[str]:
         else:
             flags += [flag, str(value)]
     return flags
+
+
+def start_engine(settings: dict[str, object]) -> tuple["LLM", float]:
+    """A vLLM engine and the seconds it took to start."""
+    started = time.perf_counter()
+    print(f"\nstarting vLLM (tensor parallel {settings['tensor_parallel_size']}) ...", file=sys.stderr, flush=True)
+    import vllm
+
+    try:
+        llm = vllm.LLM(**settings, use_tqdm_on_load=False)
+    except Exception as error:
+        raise CannotRun(f"vLLM did not start: {first_line(error)} (VLLM_LOGGING_LEVEL=INFO shows its log)") from None
+    return llm, time.perf_counter() - started
+
+
+def stop_engine(llm: "LLM") -> None:
+    """Give the engine's memory back, so that another one can start."""
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()

@@ -3,12 +3,10 @@
 Perplexity is exp(mean of -log p(next token)). Windows do not overlap; the first token of a window is not scored.
 """
 
-import importlib
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -16,8 +14,7 @@ from tqdm import tqdm
 
 from ch16.fp8.precision import Precision, calibrate, filled, held_bytes, load_quantized, require_multiples
 from ch16.fp8.sizes import Sizes
-from common.cli import CannotRun, first_line
-from common.models import Model
+from common.cli import CannotRun
 from common.results import Column
 
 BF16_ENDS = (1, 2, 4)  # so many first and last blocks are left in BF16
@@ -25,43 +22,6 @@ CALIBRATION_TOKENS = 8_000  # not scored: delayed scaling sees four windows of t
 CALIBRATION_WINDOWS = 4
 FILLS = [2 ** (-i / 8) for i in range(8)]  # from one power of two to the next; a whole one would change nothing
 LOGITS_ROWS = 128  # tokens whose logits exist at a time: 128 x 49,152 floats stay in the cache
-
-
-def load_model(model: Model, device: str) -> tuple[nn.Module, object]:
-    """The model in BF16 on a device, ready to score, and its tokenizer.
-
-    Raises:
-        CannotRun: transformers cannot load it.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model.path)
-        network = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.bfloat16)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CannotRun(f"cannot load '{model.name}': {first_line(error)}") from None
-    return network.to(device).eval().requires_grad_(False), tokenizer
-
-
-def read_text(path: str | None) -> tuple[str, str]:
-    """The text to score and where it is from: a file, or the language reference that ships with Python.
-
-    Raises:
-        CannotRun: the file cannot be read, or this Python came without its documentation.
-    """
-    if path is not None:
-        try:
-            return Path(path).read_text(), path
-        except (OSError, UnicodeDecodeError) as error:
-            raise CannotRun(f"cannot read the text {path}: {error}") from None
-    try:
-        topics = importlib.import_module("pydoc_data.topics").topics
-    except ImportError:
-        raise CannotRun("this Python came without pydoc_data, whose text is scored; give a file by --text") from None
-    return "\n\n".join(topics[name] for name in sorted(topics)), "Python's own language reference (pydoc_data.topics)"
 
 
 def windows_of(text: str, tokenizer: object, length: int, tokens: int) -> torch.Tensor:

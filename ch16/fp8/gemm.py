@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 
-from ch16.fp8 import formats
 from ch16.fp8.precision import Precision, calibrate, load_quantized, pad_rows, padded_rows
+from common.fp8 import E4M3
 from common.gpu import Machine
 from common.results import Column
 from common.timing import graphed, measure, measure_together
@@ -62,8 +62,8 @@ def measure_gemm(
     eager = {name: measure(works[name], machine.device, repeats=repeats).median for name in list(works)[:2]}
 
     one = torch.ones((), device=machine.device)
-    x8 = padded.to(formats.E4M3)
-    w8 = (plain.weight * 16).to(formats.E4M3).t()
+    x8 = padded.to(E4M3)
+    w8 = (plain.weight * 16).to(E4M3).t()
     works["limit"] = lambda: torch._scaled_mm(x8, w8, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
     times = math.ceil(4096 / tokens)  # small products are repeated in the graph: its launch must not count
     graphs = {name: graphed(lambda work=work: [work() for _ in range(times)]) for name, work in works.items()}

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ch16.fp8.formats import ACTIVATION_BLOCK, WEIGHT_BLOCK, Quantized, decode, dequantize, quantize
+from common.fp8 import ACTIVATION_BLOCK, WEIGHT_BLOCK, Quantized, decode, dequantize, quantize
 from common.gpu import has_fp8_units
 
 # Recipes by the names Transformer Engine's have, and four that it has not.
@@ -30,7 +30,7 @@ RECIPES = {
     "unscaled": ("none", "none"),
 }
 
-Fills = tuple[float | None, float | None]  # for weights and activations, as in formats.quantize
+Fills = tuple[float | None, float | None]  # for weights and activations, as in fp8.quantize
 
 _weights_in: ContextVar[tuple[str, Fills] | None] = ContextVar("weights_in", default=None)
 _calibrating: ContextVar[bool] = ContextVar("calibrating", default=False)

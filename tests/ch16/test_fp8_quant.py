@@ -173,7 +173,7 @@ def test_bad_input_is_one_line_before_any_work(flags, status, message, monkeypat
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     monkeypatch.setattr("sys.argv", ["fp8_quant.py", "--device", "cpu", *flags])
-    monkeypatch.setattr(fp8_quant.accuracy, "load_model", lambda *_: pytest.fail("work has started"))
+    monkeypatch.setattr(fp8_quant, "load_model", lambda *_: pytest.fail("work has started"))
     with pytest.raises(SystemExit) as stopped:
         fp8_quant.cli.run(fp8_quant.main)
     out, err = capsys.readouterr()

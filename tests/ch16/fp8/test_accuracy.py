@@ -63,16 +63,6 @@ def test_windows():
         accuracy.windows_of("ab" * 10, Letters(), 10, tokens=90)
 
 
-def test_texts(tmp_path):
-    (tmp_path / "a.txt").write_text("Grüße")
-    (tmp_path / "b.bin").write_bytes(b"\xff\xfe\x00")
-    assert accuracy.read_text(str(tmp_path / "a.txt"))[0] == "Grüße"
-    assert len(accuracy.read_text(None)[0]) > 200_000
-    for name in ("missing", "b.bin"):
-        with pytest.raises(CannotRun, match="cannot read the text"):
-            accuracy.read_text(str(tmp_path / name))
-
-
 def test_all_linear_layers_but_the_head():
     names = accuracy.linears(llama())
     assert len(names) == 6 * 7 and not any("lm_head" in name for name in names)

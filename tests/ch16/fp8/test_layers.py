@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ch16.fp8 import layers
-from ch16.fp8.formats import E4M3, WEIGHT_BLOCK, dequantize, quantize
 from ch16.fp8.precision import bf16, calibrate, held_bytes, load_quantized, padded_rows, recipes, require_multiples
 from common.cli import CannotRun
+from common.fp8 import E4M3, WEIGHT_BLOCK, dequantize, quantize
 
 RECIPES = recipes(None)
 sizes = st.integers(1, 8).map(lambda n: 16 * n)

@@ -1,0 +1,73 @@
+"""A wave of load on a vLLM engine in this process, and the field's serving figures of it."""
+
+import itertools
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from common.timing import percentile
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
+    """`count` prompts of `length` random token ids: nothing to reuse, so prefix caching cannot flatter."""
+    rng = random.Random(seed)
+    return [[rng.randrange(10, vocab_size) for _ in range(length)] for _ in range(count)]
+
+
+def send_wave(
+    llm: "LLM",
+    prompts: Sequence[Sequence[int]],
+    tokens_out: int,
+    on_token: Callable[[int], object] = lambda n: None,
+) -> tuple[list[float], list[list[float]]]:
+    """Send all prompts at once; drive the engine step by step until each has `tokens_out` tokens.
+
+    Returns:
+        When each request was sent and when each of its tokens arrived: seconds, [N] and [N][tokens_out].
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    sampling = SamplingParams(
+        temperature=1.0, max_tokens=tokens_out, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+    )
+    engine = llm.llm_engine
+    sent, arrived = [], [[] for _ in prompts]
+    for i, prompt in enumerate(prompts):
+        sent.append(time.perf_counter())
+        engine.add_request(str(i), {"prompt_token_ids": prompt}, sampling)
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        now = time.perf_counter()
+        for output in outputs:
+            new = len(output.outputs[0].token_ids)
+            arrived[int(output.request_id)].extend([now] * new)
+            on_token(new)
+    return sent, arrived
+
+
+def summarise(sent: Sequence[float], arrived: Sequence[Sequence[float]], gpus: int) -> dict[str, float]:
+    """The field's serving figures of one wave.
+
+    TTFT: sent to first token. TPOT of a request: (last - first token) / (tokens - 1). ITL: the gap between two
+    tokens. End to end: sent to last token. Definitions as in vLLM's benchmark client.
+
+    Raises:
+        ValueError: a request with fewer than two tokens has no TPOT.
+    """
+    if min(map(len, arrived)) < 2:
+        raise ValueError("every request needs at least two tokens")
+    ttft = [tokens[0] - start for start, tokens in zip(sent, arrived, strict=True)]
+    tpot = [(tokens[-1] - tokens[0]) / (len(tokens) - 1) for tokens in arrived]
+    itl = [later - earlier for tokens in arrived for earlier, later in itertools.pairwise(tokens)]
+    e2e = [tokens[-1] - start for start, tokens in zip(sent, arrived, strict=True)]
+    seconds = max(tokens[-1] for tokens in arrived) - min(sent)
+    tokens_per_s = sum(map(len, arrived)) / seconds
+    row = {"concurrency": len(sent), "tokens_per_s": tokens_per_s, "tokens_per_s_gpu": tokens_per_s / gpus}
+    for name, values in (("ttft", ttft), ("tpot", tpot), ("itl", itl), ("e2e", e2e)):
+        row |= {f"{name}_p50_ms": 1e3 * percentile(values, 50), f"{name}_p99_ms": 1e3 * percentile(values, 99)}
+    return row

@@ -1,0 +1,47 @@
+"""A real model and real text for it, as transformers loads them."""
+
+import importlib
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from common.cli import CannotRun, first_line
+from common.models import Model
+
+
+def load_model(model: Model, device: str) -> tuple[nn.Module, object]:
+    """The model in BF16 on a device, ready to score, and its tokenizer.
+
+    Raises:
+        CannotRun: transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.path)
+        network = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.bfloat16)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CannotRun(f"cannot load '{model.name}': {first_line(error)}") from None
+    return network.to(device).eval().requires_grad_(False), tokenizer
+
+
+def read_text(path: str | None) -> tuple[str, str]:
+    """The text to read and where it is from: a file, or the language reference that ships with Python.
+
+    Raises:
+        CannotRun: the file cannot be read, or this Python came without its documentation.
+    """
+    if path is not None:
+        try:
+            return Path(path).read_text(), path
+        except (OSError, UnicodeDecodeError) as error:
+            raise CannotRun(f"cannot read the text {path}: {error}") from None
+    try:
+        topics = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        raise CannotRun("this Python came without pydoc_data, the text to read; give a file by --text") from None
+    return "\n\n".join(topics[name] for name in sorted(topics)), "Python's own language reference (pydoc_data.topics)"

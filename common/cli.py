@@ -5,6 +5,7 @@ Exit status: 0 when the script ran (a missed performance target is a result), 2 
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 
@@ -51,6 +52,14 @@ def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
     return value
 
 

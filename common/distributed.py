@@ -25,6 +25,11 @@ class Ranks:
     local_rank: int  # among the processes of this host: which GPU is mine
     device: torch.device
 
+    @property
+    def backend(self) -> str:
+        """What connects the ranks: "nccl" or "gloo"."""
+        return dist.get_backend()
+
     def print(self, *values: object) -> None:
         """Print on rank 0 only: N ranks would say everything N times."""
         if self.rank == 0:

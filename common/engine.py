@@ -54,8 +54,10 @@ def prepare_environment(machine: Machine, ranks: int = 1, in_process: bool = Fal
 
 def quiet() -> None:
     """Let vLLM's libraries report errors only: a lesson is not a log."""
+    import logging
     import warnings
 
+    logging.getLogger("torch").setLevel(logging.ERROR)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

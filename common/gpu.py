@@ -22,18 +22,19 @@ class Peak:
     bf16_flops: float | None = None
     fp8_flops: float | None = None
     bytes_per_s: float | None = None
+    link_bytes_per_s: float | None = None  # NVLink to the other GPUs of the host, each direction
 
 
 # Exact NVML names, from NVIDIA's data sheets: dense tensor-core FLOP/s with FP32 accumulation, memory bytes/s.
 # A name that is not listed has unknown limits: a guess would make every "share of peak" a fiction.
 PEAKS = {
-    "NVIDIA B200": Peak(2250e12, 4500e12, 8.0e12),
-    "NVIDIA H200": Peak(989e12, 1979e12, 4.8e12),
-    "NVIDIA H100 80GB HBM3": Peak(989e12, 1979e12, 3.35e12),
+    "NVIDIA B200": Peak(2250e12, 4500e12, 8.0e12, 900e9),
+    "NVIDIA H200": Peak(989e12, 1979e12, 4.8e12, 450e9),
+    "NVIDIA H100 80GB HBM3": Peak(989e12, 1979e12, 3.35e12, 450e9),
     "NVIDIA H100 PCIe": Peak(756e12, 1513e12, 2.0e12),
-    "NVIDIA A100-SXM4-80GB": Peak(312e12, None, 2.039e12),
+    "NVIDIA A100-SXM4-80GB": Peak(312e12, None, 2.039e12, 300e9),
     "NVIDIA A100 80GB PCIe": Peak(312e12, None, 1.935e12),
-    "NVIDIA A100-SXM4-40GB": Peak(312e12, None, 1.555e12),
+    "NVIDIA A100-SXM4-40GB": Peak(312e12, None, 1.555e12, 300e9),
     "NVIDIA A100-PCIE-40GB": Peak(312e12, None, 1.555e12),
     "NVIDIA L40S": Peak(362e12, 733e12, 0.864e12),
     "NVIDIA L4": Peak(121e12, 242e12, 0.300e12),

@@ -40,6 +40,15 @@ _LLAMA = {
 }
 _DEEPSEEK = {**_LLAMA, "vocab_size": 32256, "rms_norm_eps": 1e-6, "max_position_embeddings": 16384}
 _DEEPSEEK |= {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100000.0}}
+_MIXTRAL = {**_LLAMA, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "rms_norm_eps": 1e-5}
+_MIXTRAL |= {"max_position_embeddings": 32768, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}
+_MIXTRAL |= {"sliding_window": None}
+_QWEN3_MOE = {**_LLAMA, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "rms_norm_eps": 1e-6}
+_QWEN3_MOE |= {"max_position_embeddings": 40960, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}
+_QWEN3_MOE |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "attention_bias": False}
+_OLMOE = {**_LLAMA, "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "rms_norm_eps": 1e-5}
+_OLMOE |= {"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+_OLMOE |= {"norm_topk_prob": False, "clip_qkv": None, "attention_bias": False}
 
 
 def _shape(base: dict, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **more: object) -> dict:
@@ -60,7 +69,29 @@ SHAPES: dict[str, dict] = {
         vocab_size=128256, rms_norm_eps=1e-5, max_position_embeddings=8192,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     ),
-    # Published nowhere: the smallest that vLLM runs, for tests.
+    # Mixtures of experts. mistralai/Mixtral-8x7B-v0.1
+    "mixtral-8x7b": _shape(
+        _MIXTRAL, 4096, 14336, 32, 32, 8, vocab_size=32000, num_local_experts=8, num_experts_per_tok=2
+    ),
+    # Qwen/Qwen3-30B-A3B
+    "qwen3-30b-a3b": _shape(
+        _QWEN3_MOE, 2048, 6144, 48, 32, 4,
+        moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, head_dim=128, vocab_size=151936,
+    ),
+    # Qwen/Qwen3-235B-A22B
+    "qwen3-235b-a22b": _shape(
+        _QWEN3_MOE, 4096, 12288, 94, 64, 4,
+        moe_intermediate_size=1536, num_experts=128, num_experts_per_tok=8, head_dim=128, vocab_size=151936,
+    ),
+    # allenai/OLMoE-1B-7B-0924
+    "olmoe-1b-7b": _shape(
+        _OLMOE, 2048, 1024, 16, 16, 16, vocab_size=50304, num_experts=64, num_experts_per_tok=8
+    ),
+    # Published nowhere: the smallest that vLLM runs, for tests, and a mixture of experts for two CPU cores.
+    "small-moe": _shape(
+        _QWEN3_MOE, 512, 1024, 8, 8, 2,
+        moe_intermediate_size=512, num_experts=32, num_experts_per_tok=4, head_dim=64, vocab_size=8192,
+    ),
     "tiny-llama": _shape(
         _LLAMA, 128, 256, 2, 4, 2, vocab_size=512, rms_norm_eps=1e-5, max_position_embeddings=2048
     ),
@@ -96,19 +127,21 @@ class Model:
 
 
 def parameter_count(config: Mapping[str, object]) -> int | None:
-    """Parameters of a Llama-like decoder (grouped-query attention, gated MLP); None for other architectures."""
+    """Parameters of a Llama-like decoder (grouped-query attention, gated MLP or experts); None for others."""
     try:
         hidden, layers, vocab = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
         heads, mlp = config["num_attention_heads"], config["intermediate_size"]
     except KeyError:
         return None
-    if config.get("model_type") not in ("llama", "mistral"):
+    experts = config.get("num_local_experts") or config.get("num_experts") or 0
+    if config.get("model_type") not in (("mixtral", "qwen3_moe", "olmoe") if experts else ("llama", "mistral")):
         return None
+    mlp = (config.get("moe_intermediate_size") or mlp) * experts if experts else mlp
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // heads
     attention = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim
     embeddings = vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    return embeddings + layers * (attention + 3 * hidden * mlp + 2 * hidden) + hidden
+    return embeddings + layers * (attention + 3 * hidden * mlp + hidden * experts + 2 * hidden) + hidden
 
 
 def kv_bytes_per_token(config: Mapping[str, object], bytes_per_value: int = 2) -> int:

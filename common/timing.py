@@ -70,10 +70,9 @@ def _measure_cpu(work: Callable[[], object], repeats: int) -> Timing:
 def _measure_cuda(work: Callable[[], object], repeats: int) -> Timing:
     import torch
 
-    # All repeats are queued before the one synchronisation, so that the host stays ahead of the device
-    # and its own overhead does not become part of the time.
+    # All repeats are queued behind the warm-up and before the one synchronisation: while the device is busy the host
+    # gets ahead of it, and its own overhead does not become part of the time.
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    torch.cuda.synchronize()
     for start, end in events:
         start.record()
         work()
@@ -88,12 +87,14 @@ def measure_together(
     """Time several pieces of work turn by turn, so that clocks, heat and power limits treat them alike.
 
     A GPU at its power limit slows down within milliseconds: of two pieces timed one after the other the second
-    would pay for the first. Arguments as in `measure`, for each piece.
+    would pay for the first. On a GPU each turn starts with a call that is not timed, see `measure`. Arguments as there,
+    for each piece.
     """
     for work in works.values():
         for _ in range(warmup):
             work()
-    rounds = [{name: measure(work, device, 0, 1).median for name, work in works.items()} for _ in range(repeats)]
+    ahead = 1 if device == "cuda" else 0
+    rounds = [{name: measure(work, device, ahead, 1).median for name, work in works.items()} for _ in range(repeats)]
     return {name: Timing(tuple(turn[name] for turn in rounds)) for name in works}
 
 

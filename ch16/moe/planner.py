@@ -1,0 +1,111 @@
+"""How many tokens/s will this MoE give, and how many GPUs does it need? Arithmetic on measured parts.
+
+    step(T)   = layers x (layer(T) + exchange(T)) + head(sequences)
+    prefill   = ceil(sequences x tokens_in / (ranks x chunk)) steps of up to `chunk` tokens a rank
+    decode    = (tokens_out - 1) steps of one token a sequence
+    tokens/s  = sequences x tokens_out / (prefill + decode)
+
+Ranks share sequences evenly (data-parallel attention) and hold E / N experts each (expert parallelism). A layer takes
+as long as on its busiest rank. What a real engine does between steps (scheduling, sampling on the host) is left out:
+vLLM overlaps it with the step that runs.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ch16.moe.presets import Preset
+from common.cli import CannotRun
+
+USABLE_MEMORY = 0.90  # as vLLM's gpu_memory_utilization: the rest is for CUDA graphs, NCCL and activations
+BYTES = 2  # of a weight or a key: bfloat16
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests that arrive together: `sequences` prompts of `tokens_in` tokens, `tokens_out` new ones each."""
+
+    sequences: int
+    tokens_in: int
+    tokens_out: int
+    chunk: int = 8192  # most tokens of a prefill step on one rank
+
+    def prefill_steps(self, ranks: int = 1) -> int:
+        """Steps until all prompts are read."""
+        return math.ceil(self.rank_sequences(ranks) * self.tokens_in / self.chunk)
+
+    def rank_sequences(self, ranks: int) -> int:
+        """Sequences of the rank that has most."""
+        return math.ceil(self.sequences / ranks)
+
+    def prefill_sequences(self, ranks: int) -> int:
+        """Whole prompts in an average prefill step of a rank, at least one."""
+        return max(1, round(self.rank_sequences(ranks) / self.prefill_steps(ranks)))
+
+    @property
+    def context(self) -> int:
+        """Tokens in the cache of a sequence halfway through its decode."""
+        return self.tokens_in + self.tokens_out // 2
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds of what a step is made of: one layer, its exchange between ranks, and the head."""
+
+    layer: float
+    head: float
+    exchange: float = 0.0
+    experts: float = 0.0  # of `layer`
+
+    def step(self, layers: int) -> float:
+        """Seconds of a step through the whole model."""
+        return layers * (self.layer + self.exchange) + self.head
+
+
+@dataclass(frozen=True)
+class Link:
+    """Between GPUs of a host: bytes/s each way out of one GPU, and where the figure is from."""
+
+    bytes_per_s: float | None
+    source: str
+
+    def exchange_seconds(self, rows: int, hidden: int, ranks: int) -> float:
+        """Rows [rows, hidden] of a rank to the ranks of their experts and back; (N - 1) / N of them leave the rank.
+
+        Raises:
+            CannotRun: several ranks, and nothing is known about what connects them.
+        """
+        if ranks == 1:
+            return 0.0
+        if not self.bytes_per_s:
+            raise CannotRun("the link between GPUs is unknown here; give --link-gb-s")
+        return 2 * rows * hidden * BYTES * (ranks - 1) / ranks / self.bytes_per_s
+
+
+def predict(preset: Preset, workload: Workload, prefill: Parts, decode: Parts, ranks: int = 1) -> dict[str, float]:
+    """Seconds and tokens/s of a workload on a whole model."""
+    prefill_s = workload.prefill_steps(ranks) * prefill.step(preset.layers)
+    decode_step = decode.step(preset.layers)
+    seconds = prefill_s + (workload.tokens_out - 1) * decode_step
+    return {
+        "prefill_s": prefill_s,
+        "decode_step_ms": 1e3 * decode_step,
+        "tokens_per_s": workload.sequences * workload.tokens_out / seconds,
+    }
+
+
+def memory_per_rank(preset: Preset, workload: Workload, ranks: int) -> dict[str, float]:
+    """Bytes of weights (experts shared out, the rest on every rank) and of the KV cache at the workload's end."""
+    weights = BYTES * (preset.expert_parameters / ranks + preset.other_parameters)
+    tokens = workload.rank_sequences(ranks) * (workload.tokens_in + workload.tokens_out)
+    return {"weights": weights, "kv_cache": tokens * preset.kv_bytes_per_token}
+
+
+def fits(memory: dict[str, float], available: float) -> bool:
+    """Whether a rank's weights and KV cache fit into a GPU of `available` bytes."""
+    return sum(memory.values()) <= USABLE_MEMORY * available
+
+
+def gpus_needed(rows: Sequence[dict], target: float) -> int | None:
+    """The smallest number of GPUs that fits and reaches `target` tokens/s; None if none in the plan does."""
+    return min((r["gpus"] for r in rows if r["fits"] == "yes" and (r["tokens_per_s"] or 0) >= target), default=None)

@@ -1,0 +1,59 @@
+"""What the routers of a trained model choose while it reads text."""
+
+import torch
+import torch.nn as nn
+
+from ch16.moe.experts import Routing, route
+from ch16.moe.routing import expert_load, load_balance
+from common.cli import CannotRun, first_line
+from common.gpu import Machine
+from common.models import Model
+from common.results import Column
+from common.text import load_model
+
+WINDOW = 256  # tokens read at a time
+
+TRAINED_COLUMNS = (
+    Column("layer", "layer", "d"),
+    Column("max_mean", "max / mean", ".2f"),
+    Column("cv", "CV", ".2f"),
+    Column("entropy", "entropy", ".3f"),
+    Column("empty_percent", "empty %", ".1f"),
+    Column("dropped_percent", "dropped %", ".1f"),
+)
+
+
+def trained_routing(network: nn.Module, ids: torch.Tensor, top_k: int) -> list[Routing]:
+    """The choices of each MoE layer's router for token ids [N, length], layer by layer: N x length tokens.
+
+    Raises:
+        CannotRun: the model does not give its routers' logits.
+    """
+    try:
+        with torch.no_grad():
+            logits = network(input_ids=ids, output_router_logits=True).router_logits
+    except (TypeError, AttributeError) as error:
+        raise CannotRun(f"this model does not show its routers: {first_line(error)}") from None
+    if not logits:
+        raise CannotRun("this model has no routers: it is not a mixture of experts")
+    return [route(layer.reshape(-1, layer.shape[-1]), top_k) for layer in logits if layer is not None]
+
+
+def read_with(model: Model, text: str, tokens: int, top_k: int, machine: Machine) -> list[Routing]:
+    """Routing of `tokens` tokens of a text in each MoE layer of a model.
+
+    Raises:
+        CannotRun: the text is too short, or the model cannot be loaded or has no routers.
+    """
+    network, tokenizer = load_model(model, machine.device)
+    length = min(WINDOW, tokens)
+    count = -(-tokens // length)
+    ids = tokenizer(text[: 40 * count * length], return_tensors="pt", verbose=False)["input_ids"][0]
+    if len(ids) < count * length:
+        raise CannotRun(f"the text has {len(ids):,} tokens; {count * length:,} are needed")
+    return trained_routing(network, ids[: count * length].view(count, length).to(machine.device), top_k)
+
+
+def balance_rows(layers: list[Routing], experts: int) -> list[dict]:
+    """Load balance of each layer: rows of TRAINED_COLUMNS."""
+    return [{"layer": i, **load_balance(expert_load(routing, experts))} for i, routing in enumerate(layers)]

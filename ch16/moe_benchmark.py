@@ -1,0 +1,455 @@
+"""Mixture-of-experts benchmark: a synthetic layer that predicts what a whole model will do.
+
+A router sends each token to K of E experts. That saves arithmetic and costs bookkeeping: tokens have to be sorted by
+expert, every expert is another small matrix product, and no router spreads its tokens evenly. This script measures a
+layer with random weights by three ways of dispatch, beside vLLM's own kernel; what uneven routing costs; and from
+one layer the throughput of a whole model, checked against vLLM running that model.
+
+One GPU shows the speed, `torchrun` on several shows expert parallelism; a CPU runs the same code on smaller layers.
+
+    python3 ch16/moe_benchmark.py                                              # layer, routing, plan, check
+    python3 ch16/moe_benchmark.py --quick --plot moe.png
+    python3 ch16/moe_benchmark.py --preset mixtral-8x7b --target-tok-s 20000   # how many GPUs?
+    torchrun --nproc-per-node 2 ch16/moe_benchmark.py --quick                  # experts spread over two processes
+
+How to read the tables: `limit` is the larger of two physical limits, arithmetic and reading the weights of every
+expert that got a token. Few tokens wake many experts, so decode is limited by memory; `grouped` comes close to it,
+`loop` does not, because the host asks the device about every expert.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+from ch16.moe.baseline import vllm_path
+from ch16.moe.capacity import PLAN_COLUMNS, VALIDATION_COLUMNS, Capacity, run_whole_model, validation_rows
+from ch16.moe.experts import (
+    PATHS,
+    TOLERANCE,
+    TOLERANCE_FP8,
+    Experts,
+    ExpertSizes,
+    Routing,
+    check_input,
+    reference,
+    route,
+)
+from ch16.moe.patterns import PATTERN_COLUMNS, measure_patterns, plot_patterns
+from ch16.moe.planner import Link, Workload, gpus_needed
+from ch16.moe.presets import PRESETS, Preset, from_config, require_memory
+from ch16.moe.ranks import RANK_COLUMNS, measure_ranks
+from ch16.moe.routing import PATTERNS, expert_load, make_routing
+from ch16.moe.trained import TRAINED_COLUMNS, balance_rows, read_with
+from common import cli, models
+from common.cli import CannotRun
+from common.distributed import process_group
+from common.engine import prepare_environment, quiet
+from common.gpu import Machine, detect
+from common.results import Column, Report, Verdict, judge, not_applicable
+from common.text import read_text
+from common.timing import graphed, measure_together
+
+# ---- configuration: the chapter's layers, and sizes that show them ----
+
+CHAPTER = (  # hidden size, then
+    {"num_experts": 8, "experts_per_token": 2},
+    {"num_experts": 64, "experts_per_token": 2},
+    {"num_experts": 64, "experts_per_token": 8},
+)
+ERROR_TARGET_PERCENT = 15.0  # of the predicted throughput of a whole model
+WEIGHT_COPIES = 2  # at most: ours, and in FP8 or as vLLM's CPU kernel packs them
+COST_TARGET_PERCENT = 5.0  # from here on imbalance "costs throughput"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured: width of the chapter's layers, tokens of decode and prefill, what is validated."""
+
+    hidden: int
+    gated_intermediate: int
+    tokens: tuple[int, ...]
+    repeats: int
+    workload: Workload
+    presets: tuple[str, ...]  # published layers to measure beside the chapter's
+    checked: int = 16  # tokens compared with float64
+
+
+def sizes_for(machine: Machine, quick: bool) -> Sizes:
+    """Sizes that fill a GPU, or end in time on two CPU cores."""
+    if machine.device == "cuda":
+        published = ("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3")
+        full = Sizes(4096, 2048, (64, 8192), 20, Workload(128, 256, 256), published)
+        return replace(full, repeats=10, presets=published[1:2]) if quick else full
+    full = Sizes(512, 256, (16, 512), 7, Workload(16, 64, 48, chunk=2048), ("small-moe",))
+    return replace(full, hidden=256, repeats=5, presets=()) if quick else full
+
+
+# ---- mechanism: the chapter's layer ----
+
+
+class SyntheticMoELayer(nn.Module):
+    """A router and its experts on random weights.
+
+    Args:
+        hidden_size: width H of a token.
+        num_experts: E.
+        experts_per_token: K, at most E.
+        intermediate_size: width of an expert's inner layer; default: four times H.
+        gated: SiLU-gated experts, as published models have them; default: the chapter's GELU experts.
+        dispatch: "loop", "grouped" or "fp8".
+        device, dtype: of the weights. Experts have no biases.
+
+    Raises:
+        CannotRun: K exceeds E, or a size is not positive.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int = 64,
+        experts_per_token: int = 2,
+        *,
+        intermediate_size: int | None = None,
+        gated: bool = False,
+        dispatch: str = "grouped",
+        device: str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__()
+        sizes = ExpertSizes(hidden_size, intermediate_size or 4 * hidden_size, num_experts, gated)
+        if min(hidden_size, sizes.intermediate, num_experts, experts_per_token) < 1:
+            raise CannotRun("sizes, experts and experts per token must be at least 1")
+        if experts_per_token > num_experts:
+            raise CannotRun(f"{experts_per_token} experts per token, but there are {num_experts}")
+        self.num_experts, self.experts_per_token = num_experts, experts_per_token
+        self.path = PATHS[dispatch]
+        self.router = nn.Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
+        self.experts = Experts.random(sizes, device, dtype)
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, S, H] or [T, H] to the same shape."""
+        tokens = x.reshape(-1, x.shape[-1])  # [T, H]
+        routing = route(self.router(tokens), self.experts_per_token)
+        check_input(tokens, routing, self.experts.sizes)
+        return self.path(tokens, self.experts, routing).view(x.shape)
+
+
+# ---- measurement: one layer, every path, the same tensors ----
+
+LAYER_COLUMNS = (
+    Column("layer", "layer"),
+    Column("tokens", "tokens", ",d"),
+    Column("loop_ms", "loop ms", ".2f"),
+    Column("grouped_ms", "grouped ms", ".3f"),
+    Column("fp8_ms", "FP8 ms", ".3f"),
+    Column("vllm_ms", "vLLM ms", ".3f"),
+    Column("over_loop", "grouped over loop", ".2f"),
+    Column("over_vllm", "over vLLM", ".2f"),
+    Column("fp8_over_grouped", "FP8 over grouped", ".2f"),
+    Column("tokens_per_s", "tokens/s", ",.0f"),
+    Column("tflops", "TFLOP/s", ".1f"),
+    Column("gb_per_s", "GB/s", ",.0f"),
+    Column("compute_limit_ms", "compute limit ms", ".3f"),
+    Column("memory_limit_ms", "memory limit ms", ".3f"),
+    Column("limit_percent", "of limit %", ".0f"),
+)
+
+
+@torch.no_grad()
+def benchmark_moe(preset: Preset, experts: Experts, tokens: int, machine: Machine, sizes: Sizes, seed: int) -> dict:
+    """All dispatch paths on the same tokens and the same (uniform) routing; a row of LAYER_COLUMNS.
+
+    Figures from `tokens/s` on are of the grouped path. Its bytes are those that must move: weights of experts with
+    tokens, and the tokens in and out, once.
+
+    Raises:
+        CannotRun: a path disagrees with float64.
+    """
+    x = torch.randn(tokens, preset.hidden, device=machine.device, dtype=torch.bfloat16)
+    routing = make_routing("uniform", tokens, preset.experts, preset.top_k, seed, machine.device)
+    check_input(x, routing, preset.sizes)
+    paths = {name: path for name, path in PATHS.items() if name != "fp8" or machine.native_fp8}
+    theirs, _ = vllm_path(experts)
+    if theirs:
+        paths["vllm"] = theirs
+    some = slice(sizes.checked)
+    expected = reference(x[some], experts, Routing(routing.experts[some], routing.weights[some]))
+    for name, path in paths.items():
+        error = ((path(x, experts, routing)[some].double() - expected).norm() / expected.norm()).item()
+        if not error <= (TOLERANCE_FP8 if name == "fp8" else TOLERANCE):
+            raise CannotRun(f"the {name} path is wrong by {100 * error:.1f}% (relative to float64, {preset.name})")
+
+    def ready(name: str) -> Callable[[], object]:
+        def work() -> torch.Tensor:
+            return paths[name](x, experts, routing)
+
+        return graphed(work) if machine.device == "cuda" and name != "loop" else work  # the loop asks the host
+
+    timings = measure_together({name: ready(name) for name in paths}, machine.device, repeats=sizes.repeats)
+    seconds = {name: timing.median for name, timing in timings.items()}
+    ours, rows = seconds["grouped"], tokens * preset.top_k
+    active = int((expert_load(routing, preset.experts) > 0).sum())
+    moved = 2 * (active * preset.sizes.parameters + 2 * tokens * preset.hidden)
+    flops, peak = preset.sizes.flops(rows), machine.peak
+    limits = (flops / peak.bf16_flops, moved / peak.bytes_per_s) if peak.bf16_flops and peak.bytes_per_s else None
+    row = {"layer": preset.name, "tokens": tokens, **{f"{name}_ms": 1e3 * s for name, s in seconds.items()}}
+    row |= {"over_loop": seconds["loop"] / ours, "tokens_per_s": tokens / ours}
+    row |= {"tflops": flops / ours / 1e12, "gb_per_s": moved / ours / 1e9, "active_experts": active}
+    if "vllm" in seconds:
+        row["over_vllm"] = seconds["vllm"] / ours
+    if "fp8" in seconds:
+        row["fp8_over_grouped"] = ours / seconds["fp8"]
+    if limits:
+        row |= {"compute_limit_ms": 1e3 * limits[0], "memory_limit_ms": 1e3 * limits[1]}
+        row["limit_percent"] = 100 * max(limits) / ours
+    return row
+
+
+def chapter_presets(sizes: Sizes) -> list[Preset]:
+    """The chapter's three configurations, and two with gated experts of the size today's models have."""
+    layers = [
+        Preset(f"{c['num_experts']} experts, top-{c['experts_per_token']}", sizes.hidden, 4 * sizes.hidden,
+               c["num_experts"], c["experts_per_token"], gated=False)
+        for c in CHAPTER
+    ]  # fmt: skip
+    return layers + [
+        Preset(f"64 gated experts, top-{k}", sizes.hidden, sizes.gated_intermediate, 64, k) for k in (2, 8)
+    ]
+
+
+# ---- claims ----
+
+
+def prediction_claim(checked: Sequence[dict], why_not: str) -> Verdict:
+    """M1 from the rows of VALIDATION_COLUMNS; without any, n/a with the reason."""
+    if not checked:
+        return not_applicable("M1", why_not)
+    throughput = checked[0]
+    error, text = throughput["error_percent"], "predicted {predicted:,.0f}, measured {measured:,.0f} output tok/s"
+    return judge("M1", abs(error) <= ERROR_TARGET_PERCENT, f"{text.format(**throughput)}: {error:+.1f}%")
+
+
+def uneven_load_claim(patterns: Sequence[dict]) -> Verdict:
+    """M2: of the trained routers if there are some, else of simulated Zipf routing, where it costs most."""
+    trained = [row for row in patterns if row["pattern"].startswith("trained")]
+    candidates = trained or [row for row in patterns if row["pattern"] == "zipf"]
+    places = {"cost_percent": "on one device", "rank_cost_percent": "over several ranks"}
+    costs = [(row[key], row, where) for row in candidates for key, where in places.items() if key in row]
+    cost, row, where = max(costs, key=lambda found: found[0])
+    text = (
+        f"{row['pattern']} routing{'' if trained else ' (simulated)'}, {row['tokens']:,} tokens: busiest expert "
+        f"{row['max_mean']:.1f}x the mean, time over balanced routing {cost:+.0f}% {where}"
+    )
+    return judge("M2", row["max_mean"] > 1.0 and cost >= COST_TARGET_PERCENT, text)
+
+
+# ---- the script ----
+
+
+def measure_layers(presets: Sequence[Preset], machine: Machine, sizes: Sizes, seed: int) -> list[dict]:
+    """Rows of LAYER_COLUMNS: every preset at every number of tokens. One layer's weights exist at a time."""
+    rows = []
+    for preset in tqdm(presets, desc="layers", leave=False, disable=None):
+        experts = Experts.random(preset.sizes, machine.device)
+        rows += [benchmark_moe(preset, experts, tokens, machine, sizes, seed) for tokens in sizes.tokens]
+        del experts
+    return rows
+
+
+def measure_routing(
+    preset: Preset, trained: Sequence[Routing], machine: Machine, sizes: Sizes, seed: int
+) -> list[dict]:
+    """Rows of PATTERN_COLUMNS: simulated patterns, and of the trained layers the evenest and the most uneven."""
+    require_memory(preset, max(sizes.tokens), machine, copies=1)
+    experts, rows = Experts.random(preset.sizes, machine.device), []
+    ordered = sorted(trained, key=lambda routing: int(expert_load(routing, preset.experts).max()))
+    for tokens in sizes.tokens:
+        routings = {
+            name: make_routing(name, tokens, preset.experts, preset.top_k, seed, machine.device) for name in PATTERNS
+        }
+        if ordered:
+            named = {"trained, evenest layer": ordered[0], "trained, most uneven": ordered[-1]}
+            routings |= {name: Routing(r.experts[:tokens], r.weights[:tokens]) for name, r in named.items()}
+        x = torch.randn(tokens, preset.hidden, device=machine.device, dtype=torch.bfloat16)
+        rows += measure_patterns(routings, x, experts, machine, sizes.repeats)
+    return rows
+
+
+def sizes_from(args: argparse.Namespace, machine: Machine) -> Sizes:
+    """The machine's sizes, with what the flags change.
+
+    Raises:
+        CannotRun: --tokens is not a list of positive numbers.
+    """
+    sizes = sizes_for(machine, args.quick)
+    if args.tokens is not None:
+        try:
+            tokens = tuple(sorted(int(word) for word in args.tokens.split(",")))
+        except ValueError:
+            raise CannotRun(f"--tokens takes numbers, as in 64,8192, not '{args.tokens}'") from None
+        if tokens[0] < 1:
+            raise CannotRun(f"--tokens {tokens[0]}: there is nothing to route")
+        sizes = replace(sizes, tokens=tokens)
+    if args.hidden_size:
+        sizes = replace(sizes, hidden=args.hidden_size, gated_intermediate=max(1, args.hidden_size // 2))
+    if args.sequences:
+        sizes = replace(sizes, workload=replace(sizes.workload, sequences=args.sequences))
+    return sizes
+
+
+def link_between_gpus(args: argparse.Namespace, machine: Machine) -> Link:
+    """What --link-gb-s says, else the data sheet's NVLink, else unknown."""
+    if args.link_gb_s:
+        return Link(1e9 * args.link_gb_s, f"{args.link_gb_s:g} GB/s as given")
+    rate = machine.peak.link_bytes_per_s
+    return Link(rate, f"{rate / 1e9:.0f} GB/s by the data sheet, latency not counted" if rate else "unknown")
+
+
+def whole_preset(args: argparse.Namespace, machine: Machine) -> Preset | None:
+    """The model to plan for: --preset, else the largest that runs here with room for its KV cache."""
+    if args.preset:
+        return PRESETS[args.preset] if PRESETS[args.preset].layers else None
+    for name in ("qwen3-30b-a3b", "olmoe-1b-7b") if machine.device == "cuda" else ():
+        if 2 * PRESETS[name].parameters <= 0.8 * machine.memory_bytes:
+            return PRESETS[name]
+    return PRESETS["small-moe"]
+
+
+def measure_capacity(
+    preset: Preset, args: argparse.Namespace, report: Report, machine: Machine, sizes: Sizes
+) -> tuple[list[dict], str]:
+    """Print the plan and, where the whole model runs here, the check against vLLM.
+
+    Returns:
+        Rows of VALIDATION_COLUMNS, or none and why.
+    """
+    link, workload = link_between_gpus(args, machine), sizes.workload
+    require_memory(preset, workload.chunk, machine, copies=WEIGHT_COPIES)
+    capacity = Capacity(preset, machine.device, link, sizes.repeats, args.seed)
+    counts = [n for n in (1, 2, 4, 8) if preset.experts % n == 0 and (n == 1 or link.bytes_per_s)]
+    rows = [capacity.plan_row(workload, machine, n) for n in tqdm(counts, desc="plan", leave=False, disable=None)]
+    title = (
+        f"Plan for {preset.name} in BF16, {workload.sequences} sequences at once, {workload.tokens_in} tokens in and "
+        f"{workload.tokens_out} out; from one layer, experts by {capacity.path_name}"
+    )
+    report.table("plan", title, rows, PLAN_COLUMNS)
+    if len(counts) > 1:
+        print(f"  more than one GPU: emulated one after another on this one; exchange: {link.source}")
+    if args.target_tok_s:
+        needed = gpus_needed(rows, args.target_tok_s)
+        print(f"  {args.target_tok_s:,} output tok/s need {needed or f'more than {counts[-1]}'} GPUs")
+    del capacity
+    if args.quick or args.no_validation:
+        return [], f"{'--quick' if args.quick else '--no-validation'} does not run the whole model"
+    if rows[0]["fits"] == "no":
+        return [], f"{preset.name} does not fit on one device here"
+    measured = run_whole_model(preset, workload, machine, args.seed)
+    checked = validation_rows(rows[0], measured)
+    report.table("validation", f"The plan against vLLM running {preset.name} with random weights", checked,
+                 VALIDATION_COLUMNS)  # fmt: skip
+    return checked, ""
+
+
+def main_alone(args: argparse.Namespace, machine: Machine, sizes: Sizes) -> int:
+    """One process: layers, routing, plan."""
+    presets = [PRESETS[args.preset]] if args.preset else chapter_presets(sizes) + [PRESETS[n] for n in sizes.presets]
+    for preset in presets:
+        require_memory(preset, max(sizes.tokens), machine, copies=WEIGHT_COPIES)
+    routed, trained = chapter_presets(sizes)[-1], []
+    if args.model:
+        model = models.resolve(args.model, machine)
+        routed = from_config(model.name, model.config)
+        text, source = read_text(args.text)
+
+    report = Report("moe_benchmark.py", machine, {"seed": args.seed, **asdict(sizes)})
+    report.print_card()
+    torch.manual_seed(args.seed)
+    layers = measure_layers(presets, machine, sizes, args.seed)
+    columns = [c for c in LAYER_COLUMNS if any(row.get(c.key) is not None for row in layers)]
+    report.table(
+        "layers", f"One layer of experts, width {sizes.hidden} unless published, uniform routing", layers, columns
+    )
+
+    if args.model:
+        trained = read_with(model, text, max(sizes.tokens), routed.top_k, machine)
+        title = f"Routers of {model.name} reading {source}, {max(sizes.tokens):,} tokens"
+        report.table("trained", title, balance_rows(trained, routed.experts), TRAINED_COLUMNS)
+    patterns = measure_routing(routed, trained, machine, sizes, args.seed)
+    report.table("routing", f"What routing costs, {routed.name}, grouped (patterns are simulated)", patterns,
+                 PATTERN_COLUMNS)  # fmt: skip
+
+    preset = whole_preset(args, machine)
+    if preset is None:
+        checked, why = [], f"of {args.preset} only the layer of experts is known here"
+    else:
+        checked, why = measure_capacity(preset, args, report, machine, sizes)
+    report.claims([prediction_claim(checked, why), uneven_load_claim(patterns)])
+    report.save(args.json)
+    if args.plot:
+        plot_patterns(args.plot, patterns)
+    return 0
+
+
+def main_of_rank(args: argparse.Namespace, machine: Machine, sizes: Sizes) -> int:
+    """One of several processes: experts spread over all of them. Rank 0 prints."""
+    preset = PRESETS[args.preset] if args.preset else chapter_presets(sizes)[-1]
+    with process_group(machine.device) as ranks:
+        try:
+            rows = measure_ranks(preset, sizes.tokens, machine, ranks, sizes.repeats, args.seed)
+        except CannotRun:
+            if ranks.rank == 0:
+                raise
+            sys.exit(1)  # every rank has the same reason: one of them says it
+        if ranks.rank == 0:
+            settings = {"seed": args.seed, "ranks": ranks.world_size, **asdict(sizes)}
+            report = Report("moe_benchmark.py", machine, settings)
+            report.print_card()
+            title = f"{preset.name} of width {preset.hidden} over {ranks.world_size} ranks, {ranks.backend}"
+            report.table("ranks", title, rows, RANK_COLUMNS)
+            why = "a plan is made by one process: run without torchrun"
+            report.claims([not_applicable("M1", why), uneven_load_claim(rows)])
+            report.save(args.json)
+    return 0
+
+
+def main() -> int:
+    """Measure layers, routing and a plan, or under torchrun expert parallelism; print the claims."""
+    parser = cli.standard_parser(__doc__, model_help="trained MoE whose routers are measured: a folder or a hub id")
+    parser.set_defaults(model=None)
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="only this model's layer and plan")
+    parser.add_argument("--hidden-size", type=cli.positive_int, metavar="H", help="width of the chapter's layers")
+    parser.add_argument("--tokens", metavar="A,B", help="tokens of a layer's input, as in 64,8192")
+    parser.add_argument("--sequences", type=cli.positive_int, metavar="N", help="requests at once in the plan")
+    parser.add_argument("--target-tok-s", type=cli.positive_int, metavar="N", help="say how many GPUs give this")
+    parser.add_argument(
+        "--link-gb-s", type=cli.positive_float, metavar="N", help="between GPUs; default: the data sheet's"
+    )
+    parser.add_argument("--no-validation", action="store_true", help="do not run the whole model on vLLM")
+    parser.add_argument("--text", metavar="FILE", help="for --model to read; default: Python's language reference")
+    args = parser.parse_args()
+    one_of_many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if one_of_many and (args.model or args.plot or args.sequences or args.target_tok_s):
+        parser.error("--model, --plot and the flags of the plan belong to a run without torchrun")
+
+    machine = detect(args.device)
+    sizes = sizes_from(args, machine)
+    quiet()
+    if one_of_many:
+        return main_of_rank(args, machine, sizes)
+    prepare_environment(machine, in_process=True)
+    return main_alone(args, machine, sizes)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+from ch16.moe.baseline import vllm_path
+from ch16.moe.experts import TOLERANCE, Experts, ExpertSizes, reference
+from ch16.moe.routing import make_routing
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@torch.no_grad()
+def test_vllms_kernel_computes_the_same_layer(device):
+    experts = Experts.random(ExpertSizes(256, 128, 8, gated=True), device)
+    path, why = vllm_path(experts)
+    assert path is not None, why
+    x = torch.randn(10, 256, device=device, dtype=torch.bfloat16)
+    routing = make_routing("uniform", 10, 8, 2, device=device)
+    expected = reference(x, experts, routing)
+    assert (path(x, experts, routing).double() - expected).norm() / expected.norm() < TOLERANCE
+
+
+def test_no_ungated_experts_on_a_cpu():
+    path, why = vllm_path(Experts.random(ExpertSizes(64, 32, 2, gated=False)))
+    assert path is None and "gated experts only" in why
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_ungated_experts_on_a_gpu():
+    experts = Experts.random(ExpertSizes(256, 512, 8, gated=False), "cuda")
+    path, why = vllm_path(experts)
+    assert path is not None, why
+    x = torch.randn(10, 256, device="cuda", dtype=torch.bfloat16)
+    routing = make_routing("uniform", 10, 8, 2, device="cuda")
+    expected = reference(x, experts, routing)
+    assert (path(x, experts, routing).double() - expected).norm() / expected.norm() < TOLERANCE

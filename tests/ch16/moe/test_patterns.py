@@ -1,0 +1,21 @@
+import pytest
+import torch
+
+from ch16.moe.experts import Experts, ExpertSizes
+from ch16.moe.patterns import measure_patterns, plot_patterns
+from ch16.moe.routing import PATTERNS, make_routing
+from common.gpu import detect
+
+
+@pytest.mark.parametrize("experts", [16, 12])
+def test_rows(experts, tmp_path):
+    """12 experts do not divide by 8 ranks: no figures of ranks then."""
+    x, layer = torch.randn(40, 32, dtype=torch.bfloat16), Experts.random(ExpertSizes(32, 16, experts, gated=True))
+    routings = {name: make_routing(name, 40, experts, 2) for name in PATTERNS}
+    rows = measure_patterns(routings, x, layer, detect("cpu"), repeats=2)
+    assert [row["pattern"] for row in rows] == list(PATTERNS)
+    assert all(row["ms"] > 0 and sum(row["load"]) == 80 for row in rows)
+    assert rows[0]["cost_percent"] == 0 and rows[0]["max_mean"] < rows[2]["max_mean"]
+    assert all(("rank_ms" in row) == (experts == 16) for row in rows)
+    plot_patterns(str(tmp_path / "moe.png"), rows)
+    assert (tmp_path / "moe.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,53 @@
+"""Routers of a checkpoint: a tiny one with random weights, which is all that is needed to read them."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from ch16.moe import trained
+from ch16.moe.trained import balance_rows, trained_routing
+from common.cli import CannotRun
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+}
+
+
+def mixtral():
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**TINY, num_hidden_layers=3, num_local_experts=6)).eval()
+
+
+def test_choices_are_the_models_own():
+    """Against the router's logits as its module gives them."""
+    network, seen = mixtral(), []
+    for layer in network.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda module, inputs, _: seen.append(inputs[0] @ module.weight.t()))
+    ids = torch.randint(0, 64, (2, 10))
+    layers = trained_routing(network, ids, top_k=2)
+    assert len(layers) == 3 and len(seen) == 3
+    for routing, logits in zip(layers, seen, strict=True):
+        assert routing.experts.shape == (20, 2)
+        expected = logits.reshape(20, 6).topk(2).indices
+        assert torch.equal(routing.experts, expected)
+    rows = balance_rows(layers, 6)
+    assert [row["layer"] for row in rows] == [0, 1, 2] and all(row["max_mean"] >= 1 for row in rows)
+
+
+def test_a_dense_model_has_no_routers():
+    dense = LlamaForCausalLM(LlamaConfig(**TINY, num_hidden_layers=1)).eval()
+    with pytest.raises(CannotRun, match="router"):
+        trained_routing(dense, torch.zeros(1, 4, dtype=torch.int64), 2)
+
+
+def test_a_short_text(monkeypatch):
+    tokenizer = lambda text, **_: {"input_ids": torch.zeros(1, len(text), dtype=torch.int64)}  # noqa: E731
+    monkeypatch.setattr(trained, "load_model", lambda *_: (mixtral(), tokenizer))
+    machine = trained.Machine("cpu", "a CPU", 1, 1, 2, None, True, False)
+    assert trained.read_with(None, "x" * 64, 60, 2, machine)[0].experts.shape == (60, 2)
+    with pytest.raises(CannotRun, match="the text has 50 tokens; 60 are needed"):
+        trained.read_with(None, "x" * 50, 60, 2, machine)

@@ -1,0 +1,183 @@
+"""The chapter's layer, the script's claims, and its answers to bad input."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ch16 import moe_benchmark
+from ch16.moe.experts import Experts, reference, route
+from ch16.moe_benchmark import CHAPTER, SyntheticMoELayer, benchmark_moe, sizes_for
+from common.cli import CannotRun
+from common.gpu import Machine, detect
+
+CPU = detect("cpu")
+H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", 1, 80 << 30, 16, (9, 0), True, True)
+
+
+# ---- the layer ----
+
+
+@settings(deadline=None)
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 8), st.sampled_from(["loop", "grouped"]), st.data())
+def test_the_layer_is_router_and_experts(batch, sequence, experts, dispatch, data):
+    top_k = data.draw(st.integers(1, experts))
+    torch.manual_seed(batch)
+    layer = SyntheticMoELayer(16, experts, top_k, dispatch=dispatch, dtype=torch.float32)
+    x = torch.randn(batch, sequence, 16)
+    flat = x.reshape(-1, 16)
+    expected = reference(flat, layer.experts, route(layer.router(flat), top_k)).view(x.shape)
+    assert torch.allclose(layer(x).double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", CHAPTER)
+def test_the_chapters_configurations(config):
+    layer = SyntheticMoELayer(32, **config)
+    assert layer.experts.w_in.shape == (config["num_experts"], 128, 32)
+    assert layer(torch.randn(2, 3, 32, dtype=torch.bfloat16)).shape == (2, 3, 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((16, 4, 5), "5 experts per token, but there are 4"), ((16, 4, 0), "at least 1"), ((16, 0, 0), "at least 1")],
+)
+def test_impossible_layers(arguments, message):
+    with pytest.raises(CannotRun, match=message):
+        SyntheticMoELayer(*arguments)
+
+
+def test_no_tokens():
+    with pytest.raises(CannotRun, match="zero tokens"):
+        SyntheticMoELayer(16, 4, 2)(torch.randn(1, 0, 16, dtype=torch.bfloat16))
+
+
+# ---- the measurement ----
+
+
+def test_a_row(monkeypatch):
+    preset = moe_benchmark.Preset("small", 32, 64, 8, 2)
+    sizes = sizes_for(CPU, quick=True)
+    row = benchmark_moe(preset, Experts.random(preset.sizes), 24, CPU, sizes, seed=0)
+    assert row["tokens_per_s"] == pytest.approx(24 / (row["grouped_ms"] / 1e3))
+    assert row["tflops"] == pytest.approx(2 * 48 * 3 * 32 * 64 / (row["grouped_ms"] / 1e3) / 1e12)
+    assert row["over_loop"] == pytest.approx(row["loop_ms"] / row["grouped_ms"])
+    assert "compute_limit_ms" not in row and "fp8_ms" not in row  # unknown peaks, no FP8 units
+
+
+def test_a_path_that_is_wrong_is_not_timed(monkeypatch):
+    preset = moe_benchmark.Preset("small", 32, 64, 8, 2)
+    monkeypatch.setitem(moe_benchmark.PATHS, "grouped", lambda x, experts, routing: 1.1 * x)
+    with pytest.raises(CannotRun, match="the grouped path is wrong by"):
+        benchmark_moe(preset, Experts.random(preset.sizes), 24, CPU, sizes_for(CPU, quick=True), seed=0)
+
+
+# ---- claims ----
+
+
+def pattern(name, cost, rank_cost=None, max_mean=3.0):
+    row = {"pattern": name, "tokens": 64, "max_mean": max_mean, "cost_percent": cost}
+    return row if rank_cost is None else row | {"rank_cost_percent": rank_cost}
+
+
+@pytest.mark.parametrize(
+    ("rows", "verdict", "text"),
+    [
+        ([pattern("balanced", 0.0), pattern("zipf", 1.0, 40.0)], "holds", "+40% over several ranks"),
+        ([pattern("zipf", -10.0, 2.0)], "fails", "+2%"),
+        ([pattern("zipf", 1.0), pattern("hot", 90.0)], "fails", "zipf routing (simulated)"),
+        ([pattern("zipf", 50.0), pattern("trained, most uneven", 3.0)], "fails", "trained, most uneven routing, 64"),
+        ([pattern("zipf", 0.0), pattern("trained, most uneven", 3.0, 9.0)], "holds", "+9%"),
+    ],
+)
+def test_uneven_load(rows, verdict, text):
+    found = moe_benchmark.uneven_load_claim(rows)
+    assert found.verdict == verdict and text in found.measured
+
+
+@pytest.mark.parametrize(("error", "verdict"), [(-15.0, "holds"), (14.0, "holds"), (15.1, "fails"), (-40.0, "fails")])
+def test_prediction(error, verdict):
+    rows = [{"what": "output tok/s", "predicted": 1000.0, "measured": 900.0, "error_percent": error}]
+    found = moe_benchmark.prediction_claim(rows, "")
+    assert found.verdict == verdict and "predicted 1,000, measured 900 output tok/s" in found.measured
+    assert moe_benchmark.prediction_claim([], "--quick").verdict == "n/a"
+
+
+# ---- the script ----
+
+
+def test_sizes():
+    assert sizes_for(H100, quick=False).hidden == 4096 and sizes_for(H100, quick=False).tokens == (64, 8192)
+    assert sizes_for(CPU, quick=True).hidden <= 512
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (["--tokens", "0,64"], 1, "--tokens 0: there is nothing to route"),
+        (["--tokens", "many"], 1, "--tokens takes numbers"),
+        (["--hidden-size", "40000"], 1, "needs 381.5 GiB for its weights"),
+        (["--preset", "gpt-5"], 2, "invalid choice"),
+        (["--link-gb-s", "-3"], 2, "must be above 0"),
+        (["--device", "cuda"], 1, "no GPU found"),
+        (["--model", "/nowhere"], 1, "no model '/nowhere'"),
+        (["--model", "bundled"], 1, "is no mixture of experts"),
+    ],
+)
+def test_bad_input_is_one_line(flags, status, message, monkeypatch, capsys):
+    if "cuda" in flags and detect().device == "cuda":
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(sys, "argv", ["moe_benchmark.py", "--quick", "--device", "cpu", *flags])
+    monkeypatch.setattr(moe_benchmark, "measure_layers", lambda *_: pytest.fail("work has started"))
+    with pytest.raises(SystemExit) as stopped:
+        moe_benchmark.cli.run(moe_benchmark.main)
+    error = capsys.readouterr().err
+    assert stopped.value.code == status and message in error
+    assert status == 2 or (error.startswith("error: ") and error.count("\n") == 1)
+
+
+def launch(*arguments):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, check=False)
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+
+
+@pytest.mark.slow
+def test_experts_spread_over_processes(tmp_path):
+    flags = ("--quick", "--device", "cpu", "--tokens", "8,64", "--hidden-size", "64")
+    done = launch(*TORCHRUN, "4", moe_benchmark.__file__, *flags, "--json", str(tmp_path / "ranks.json"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Claims of the chapter") == 1
+    rows = json.loads((tmp_path / "ranks.json").read_text())["tables"]["ranks"]["rows"]
+    assert len(rows) == 2 * 4 and all(row["error"] < 0.02 and row["step_ms"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_experts_that_do_not_divide(tmp_path):
+    done = launch(*TORCHRUN, "3", moe_benchmark.__file__, "--quick", "--device", "cpu")
+    assert done.returncode != 0 and done.stderr.count("error: 64 experts do not divide by 3 ranks") == 1
+    assert "ch16/moe" not in done.stderr.replace("ch16/moe_benchmark.py", "")  # no traceback of ours
+
+
+@pytest.mark.slow
+def test_a_trained_checkpoint(tmp_path):
+    """A tiny one with random weights: its routers are read, its load is measured, M2 is judged by it."""
+    from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+    from common.models import bundled
+
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(**sizes, num_hidden_layers=2, num_local_experts=8, vocab_size=49152)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "tiny")
+    AutoTokenizer.from_pretrained(bundled().path).save_pretrained(tmp_path / "tiny")
+    flags = ("--quick", "--device", "cpu", "--tokens", "8,64", "--hidden-size", "64", "--model", str(tmp_path / "tiny"))
+    done = launch(moe_benchmark.__file__, *flags, "--json", str(tmp_path / "moe.json"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    tables = json.loads((tmp_path / "moe.json").read_text())["tables"]
+    assert len(tables["trained"]["rows"]) == 2
+    assert any(row["pattern"] == "trained, most uneven" for row in tables["routing"]["rows"])
+    assert "M2" in done.stdout and "trained, " in done.stdout.split("Claims of the chapter")[1]

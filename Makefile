@@ -3,7 +3,7 @@
 #   ARGS=...  more flags for the script, e.g. make demo ARGS="--plot load.png"
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-quick lint format bench-serving tables lock clean
+.PHONY: help install demo serve test test-quick lint format bench-serving bench-moe tables lock clean
 
 PY := .venv/bin/python
 export GPU TE PYTHON
@@ -34,6 +34,9 @@ format: install ## ruff: mend what can be mended
 
 bench-serving: install ## --serve against plain vLLM, same load, ratios
 	@$(PY) tests/bench/serving.py $(ARGS)
+
+bench-moe: install ## MoE dispatch paths against each other and vLLM's kernel, ratios
+	@$(PY) ch16/moe_benchmark.py --no-validation $(ARGS)
 
 tables: install ## rewrite the READMEs' measured tables from results/*.json
 	@$(PY) -m common.results

@@ -260,8 +260,12 @@ _TILES_FP8 = {16: ((32, 512), (128, 256)), 32: ((64, 256), (64, 256)), 64: ((64,
 
 
 def _tile(mean_rows: float, kind: str, fp8: bool) -> tuple[int, int, int]:
-    """Rows, columns and inner step of a tile."""
-    rows = 16 if mean_rows <= 16 else 32 if mean_rows <= 32 else 64
+    """Rows, columns and inner step of a tile.
+
+    Up to 8 rows an expert, 16 are enough for nearly all of them (a binomial's mean and three standard deviations). With
+    more rows a larger tile pads more, and a smaller one reads weights again, though from the cache.
+    """
+    rows = 16 if mean_rows <= 8 else 32 if mean_rows <= 40 else 64
     gated, plain = (_TILES_FP8 if fp8 else _TILES)[rows]
     return rows, *(gated if kind == "silu" else plain)
 
@@ -272,24 +276,24 @@ def _few_rows_kernel(
     KIND: tl.constexpr, FP8: tl.constexpr, EVEN: tl.constexpr, BINS: tl.constexpr,
     TILE: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
+    # Programs are ordered by expert, then by columns, then by rows: neighbours share an expert's weights in the cache.
+    pid = tl.program_id(0)
     column_tiles = tl.cdiv(N, COLUMNS)
-    tile = tl.program_id(0) // column_tiles
-    column = (tl.program_id(0) % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
-
-    # Which expert does this tile belong to? The first whose tiles end after it.
     bins = tl.arange(0, BINS)
     end = tl.load(ends + bins, mask=bins < E, other=0)
     start = tl.where((bins > 0) & (bins < E), tl.load(ends + bins - 1, mask=(bins > 0) & (bins < E), other=0), 0)
     tiles = tl.where(bins < E, (end - start + TILE - 1) // TILE, 0)
-    tiles_end = tl.cumsum(tiles, axis=0)
-    expert = tl.sum((tiles_end <= tile).to(tl.int32), axis=0)
+    programs_end = tl.cumsum(tiles, axis=0) * column_tiles
+    expert = tl.sum((programs_end <= pid).to(tl.int32), axis=0)
     if expert >= E:
         return
     mine = bins == expert
-    first = tl.sum(tl.where(mine, start + (tile - (tiles_end - tiles)) * TILE, 0), axis=0)
+    own_tiles = tl.sum(tl.where(mine, tiles, 0), axis=0)
+    own_pid = pid - tl.sum(tl.where(mine, programs_end - tiles * column_tiles, 0), axis=0)
+    row = tl.sum(tl.where(mine, start, 0), axis=0) + (own_pid % own_tiles) * TILE + tl.arange(0, TILE)
+    column = (own_pid // own_tiles) * COLUMNS + tl.arange(0, COLUMNS)
     last = tl.sum(tl.where(mine, end, 0), axis=0)
 
-    row = first + tl.arange(0, TILE)
     inner = tl.arange(0, STEP)
     row_pointer = rows + row[:, None].to(tl.int64) * K + inner[None, :]
     height = N * 2 if KIND == "silu" else N  # of the expert's weight: gate rows, then up rows

@@ -94,7 +94,7 @@ def pattern(name, cost, rank_cost=None, max_mean=3.0):
     ],
 )
 def test_uneven_load(rows, verdict, text):
-    found = moe_benchmark.uneven_load_claim(rows)
+    found = moe_benchmark.uneven_load_claim(rows, "over several ranks")
     assert found.verdict == verdict and text in found.measured
 
 

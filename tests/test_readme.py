@@ -28,7 +28,8 @@ def commands():
 
 
 COMMANDS = list(dict.fromkeys((tuple(words), gpu) for words, gpu in commands()))
-SCRIPTS = [(c, gpu) for c, gpu in COMMANDS if c[0] == "python3" and "--serve" not in c]
+STARTERS = {"python3": (), "torchrun": ("-m", "torch.distributed.run", "--standalone")}
+SCRIPTS = [(c, gpu) for c, gpu in COMMANDS if c[0] in STARTERS and "--serve" not in c]
 SERVERS = [c for c, _ in COMMANDS if "--serve" in c]
 CURLS = [c for c, _ in COMMANDS if c[0] == "curl"]
 MAKES = [c for c, _ in COMMANDS if c[0] == "make"]
@@ -45,7 +46,8 @@ def test_every_command_is_of_a_kind_that_is_run_here():
 )
 def test_script(command, gpu):
     """In its --quick form; a command for GPUs says in one line on a CPU why it cannot run."""
-    done = run([sys.executable, *command[1:], *(() if "--quick" in command else ("--quick",))])
+    quick = () if "--quick" in command else ("--quick",)
+    done = run([sys.executable, *STARTERS[command[0]], *command[1:], *quick])
     if gpu and detect().device == "cpu":
         assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     else:

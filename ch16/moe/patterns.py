@@ -80,7 +80,7 @@ def plot_patterns(path: str, rows: Sequence[dict]) -> None:
                 range(1, len(row["load"]) + 1), [n / mean for n in row["load"]], where="mid", label=row["pattern"]
             )
     left.set(
-        title=f"rows of each expert over their mean, {most:,} tokens", xlabel="expert, busiest first", yscale="log"
+        title=f"rows of each expert over their mean, {most:,} tokens", xlabel="expert, busiest first", ylim=(0, None)
     )
     left.legend()
     names = [name for name in dict.fromkeys(row["pattern"] for row in rows) if name != REFERENCE]

@@ -164,6 +164,21 @@ def test_experts_that_do_not_divide(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_plan_is_checked_against_the_engine(tmp_path):
+    """The real vLLM runs the whole model; how near the prediction comes is a result, not a test."""
+    flags = ("--preset", "small-moe", "--tokens", "8", "--sequences", "4", "--json", str(tmp_path / "moe.json"))
+    done = launch(moe_benchmark.__file__, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    content = json.loads((tmp_path / "moe.json").read_text())
+    plan, validation = (content["tables"][name]["rows"] for name in ("plan", "validation"))
+    throughput = validation[0]
+    assert throughput["predicted"] == plan[0]["tokens_per_s"] and all(row["measured"] > 0 for row in validation)
+    assert throughput["error_percent"] == pytest.approx(100 * (throughput["predicted"] / throughput["measured"] - 1))
+    (m1,) = (claim for claim in content["claims"] if claim["claim"] == "M1")
+    assert m1["verdict"] == ("holds" if abs(throughput["error_percent"]) <= 15 else "fails")
+
+
+@pytest.mark.slow
 def test_a_trained_checkpoint(tmp_path):
     """A tiny one with random weights: its routers are read, its load is measured, M2 is judged by it."""
     from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM

@@ -78,6 +78,11 @@ def run(main: Callable[[], int | None]) -> None:
     except CannotRun as error:
         print(f"error: {error}", file=sys.stderr)
         status = 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; this module does not import torch
+            raise
+        print(f"error: out of GPU memory: {first_line(error)} Choose smaller sizes.", file=sys.stderr)
+        status = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130

@@ -166,9 +166,9 @@ def start_engine(settings: dict[str, object]) -> tuple["LLM", float]:
     """A vLLM engine and the seconds it took to start."""
     started = time.perf_counter()
     print(f"\nstarting vLLM (tensor parallel {settings['tensor_parallel_size']}) ...", file=sys.stderr, flush=True)
-    import vllm
-
     try:
+        import vllm
+
         llm = vllm.LLM(**settings, use_tqdm_on_load=False)
     except Exception as error:
         raise CannotRun(f"vLLM did not start: {first_line(error)} (VLLM_LOGGING_LEVEL=INFO shows its log)") from None

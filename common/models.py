@@ -247,7 +247,10 @@ def _automatic(machine: Machine) -> Model:
 
 def _read_config(folder: Path) -> dict:
     try:
-        return _text_config(json.loads((folder / "config.json").read_text()))
+        config = json.loads((folder / "config.json").read_text())
+        if not isinstance(config, dict):
+            raise ValueError("it holds no object")
+        return _text_config(config)
     except FileNotFoundError:
         raise CannotRun(f"'{folder}' is no model: it has no config.json") from None
     except ValueError as error:

@@ -1,5 +1,6 @@
 """Plots without a display: one figure with axes side by side, written to a PNG."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,5 +21,6 @@ def draw(axes: int) -> tuple["Figure", list["Axes"]]:
 
 def save_plot(figure: "Figure", path: str) -> None:
     """Write the figure and say so."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     print(f"\nwritten: {path}")

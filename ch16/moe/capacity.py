@@ -7,7 +7,7 @@ import torch
 
 from ch16.moe.baseline import vllm_path
 from ch16.moe.decoder import DecoderLayer, sample, seconds_of
-from ch16.moe.experts import Experts, Path, combine, grouped, sort_rows
+from ch16.moe.experts import Dispatch, Experts, combine, grouped, sort_rows
 from ch16.moe.parallel import rank_part
 from ch16.moe.planner import Link, Parts, Workload, fits, memory_per_rank, predict
 from ch16.moe.presets import Preset
@@ -40,6 +40,12 @@ VALIDATION_COLUMNS = (
 )
 
 
+def planning_bytes(preset: Preset, workload: Workload) -> float:
+    """Bytes that one device needs beside a layer's weights: its KV cache, the embedding, and logits in float32."""
+    cache = workload.sequences * workload.context * preset.kv_bytes_per_token / preset.layers
+    return cache + preset.vocab * (2 * preset.hidden + 4 * 3 * workload.sequences)
+
+
 class Capacity:
     """Times one decoder layer and the head of a preset on one device, for any number of ranks.
 
@@ -50,7 +56,7 @@ class Capacity:
         self.preset, self.device, self.link, self.repeats, self.seed = preset, device, link, repeats, seed
         self.experts = Experts.random(preset.sizes, device)
         path, self.why_not_vllm = vllm_path(self.experts)
-        self.path: Path = path or grouped  # the engine is predicted best by its own kernel
+        self.path: Dispatch = path or grouped  # the engine is predicted best by its own kernel
         self.path_name = "vLLM's fused experts" if path else "the grouped path"
         self.embedding = torch.randn(preset.vocab, preset.hidden, device=device, dtype=torch.bfloat16) * 0.02
 

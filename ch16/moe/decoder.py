@@ -5,10 +5,12 @@
 Left out are rotary embeddings: they touch a few kilobytes a token.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
-from ch16.moe.experts import Experts, Path, Routing, route
+from ch16.moe.experts import Dispatch, Experts, Routing, route
 from ch16.moe.presets import Preset
 from common.timing import graphed, measure
 
@@ -22,7 +24,7 @@ class DecoderLayer:
         path: how experts are computed.
     """
 
-    def __init__(self, preset: Preset, experts: Experts, path: Path) -> None:
+    def __init__(self, preset: Preset, experts: Experts, path: Dispatch) -> None:
         self.preset, self.experts, self.path = preset, experts, path
         device, dtype = experts.w_in.device, experts.w_in.dtype
 
@@ -84,7 +86,7 @@ def sample(x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
     return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
 
 
-def seconds_of(work: object, device: str, repeats: int) -> float:
+def seconds_of(work: Callable[[], object], device: str, repeats: int) -> float:
     """Median time of `work()`; on a GPU as a CUDA graph, as engines run it."""
     with torch.no_grad():
         return measure(graphed(work) if device == "cuda" else work, device, repeats=repeats).median

@@ -9,12 +9,14 @@ A (token, choice) pair is called a row: T tokens make R = T x K rows, and each r
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from common.cli import CannotRun
-from common.fp8 import Quantized, quantize
+from common.fp8 import quantize
 
 TOLERANCE = 0.02  # relative difference of two bfloat16 paths, or of one and float64: rounding, three times in a row
 TOLERANCE_FP8 = 0.10
@@ -66,14 +68,22 @@ class ExpertSizes:
         return 2.0 * rows * self.parameters
 
 
-class Experts:
+class Fp8Weight(NamedTuple):
+    """Weights of all experts in E4M3 [E, N, K], and what to multiply each output row with: float32 [E, N]."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+
+class Experts(nn.Module):
     """The weights of E experts: `w_in` [E, rows_in, H] and `w_out` [E, H, I], as vLLM lays them out."""
 
     def __init__(self, w_in: torch.Tensor, w_out: torch.Tensor, gated: bool) -> None:
-        self.w_in, self.w_out = w_in, w_out
+        super().__init__()
+        self.w_in, self.w_out = (nn.Parameter(weight, requires_grad=False) for weight in (w_in, w_out))
         count, hidden, intermediate = w_out.shape
         self.sizes = ExpertSizes(hidden, intermediate, count, gated)
-        self._fp8: tuple[Quantized, Quantized] | None = None
+        self._fp8: tuple[Fp8Weight, Fp8Weight] | None = None
 
     @classmethod
     def random(cls, sizes: ExpertSizes, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> "Experts":
@@ -89,9 +99,9 @@ class Experts:
         """Experts first .. first + count - 1, sharing memory with these."""
         return Experts(self.w_in[first : first + count], self.w_out[first : first + count], self.sizes.gated)
 
-    def fp8(self) -> tuple[Quantized, Quantized]:
-        """Both weights in E4M3 with a scale for each output row, quantized at the first call and kept."""
-        if self._fp8 is None:
+    def fp8(self) -> tuple[Fp8Weight, Fp8Weight]:
+        """Both weights in FP8, quantized at the first call and kept."""
+        if self._fp8 is None or self._fp8[0].values.device != self.w_in.device:
             self._fp8 = _quantized(self.w_in), _quantized(self.w_out)
         return self._fp8
 
@@ -100,10 +110,10 @@ class Experts:
         return activate(x @ self.w_in[expert].t(), self.sizes.gated) @ self.w_out[expert].t()
 
 
-def _quantized(weight: torch.Tensor) -> Quantized:
-    """[E, N, K] in FP8 with scales [E, N]; expert by expert, to keep the float32 copy small."""
+def _quantized(weight: torch.Tensor) -> Fp8Weight:
+    """[E, N, K] in FP8, expert by expert, to keep the float32 copy small."""
     parts = [quantize(matrix, "row", fill=1.0) for matrix in weight]
-    return Quantized(torch.stack([p.values for p in parts]), torch.stack([p.inverse[:, 0] for p in parts]))
+    return Fp8Weight(torch.stack([p.values for p in parts]), torch.stack([p.inverse[:, 0] for p in parts]))
 
 
 def activate(h: torch.Tensor, gated: bool) -> torch.Tensor:
@@ -168,8 +178,8 @@ def grouped_fp8(x: torch.Tensor, experts: Experts, routing: Routing) -> torch.Te
     return kernels.grouped(x, experts, routing, fp8=True)
 
 
-Path = Callable[[torch.Tensor, Experts, Routing], torch.Tensor]
-PATHS: dict[str, Path] = {"loop": loop, "grouped": grouped, "fp8": grouped_fp8}
+Dispatch = Callable[[torch.Tensor, Experts, Routing], torch.Tensor]
+PATHS: dict[str, Dispatch] = {"loop": loop, "grouped": grouped, "fp8": grouped_fp8}
 
 
 def sort_rows(experts: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

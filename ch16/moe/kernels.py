@@ -1,4 +1,4 @@
-"""The grouped path on a GPU: four small Triton kernels around the two grouped products.
+"""The grouped path on a GPU: small Triton kernels around the two grouped products.
 
     sort      where does each row go?                     counting sort by expert, two launches, no host
     dispatch  copy tokens to their rows                   (FP8: quantized on the way)
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from ch16.moe.experts import Experts, Routing
+from ch16.moe.experts import Experts, ExpertSizes, Routing
 from common.fp8 import E4M3
 
 FEW_ROWS = 160  # mean rows an expert up to which our product is faster than PyTorch's, measured on an H100
@@ -24,11 +24,27 @@ E4M3_MAX = tl.constexpr(448.0)
 
 
 def grouped(x: torch.Tensor, experts: Experts, routing: Routing, fp8: bool = False) -> torch.Tensor:
-    """The layer on tokens x [T, H] bfloat16: [T, H]. In FP8, every row and every weight row has a scale of its own."""
-    places, ends = sort_rows(routing.experts, experts.sizes.experts)
-    rows = dispatch(x, places, fp8)
+    """The layer on tokens x [T, H]: [T, H]. In FP8, every row and every weight row has a scale of its own.
+
+    Raises:
+        ValueError: tokens or weights are not bfloat16.
+    """
+    if x.dtype != torch.bfloat16 or experts.w_in.dtype != torch.bfloat16:
+        raise ValueError(f"the GPU kernels compute bfloat16, not {x.dtype} with {experts.w_in.dtype}")
+    if len(x) == 0:
+        return x
+    places, ends = sort_rows(routing.experts.contiguous(), experts.sizes.experts)
+    rows = dispatch(x.contiguous(), places, fp8)
     out = compute_sorted(*rows, experts, ends, fp8)
-    return combine(out, places, routing.weights)
+    return combine(out, places, routing.weights.contiguous())
+
+
+def library_product_works(sizes: ExpertSizes, capability: tuple[int, int]) -> bool:
+    """Whether PyTorch's grouped products are kernels here: Hopper and Blackwell, rows that are multiples of 16 bytes.
+
+    On other GPUs the one for bfloat16 is a loop that waits for the host, and there is none for FP8.
+    """
+    return capability in ((9, 0), (10, 0)) and sizes.hidden % 16 == 0 and sizes.intermediate % 16 == 0
 
 
 def compute_sorted(
@@ -36,10 +52,9 @@ def compute_sorted(
 ) -> torch.Tensor:
     """Sorted rows [R, H] (and their scales [R] in FP8) through their experts: [R, H] bfloat16."""
     gated = experts.sizes.gated
-    if rows.shape[0] <= FEW_ROWS * experts.sizes.experts:
-        weights = experts.fp8() if fp8 else None
-        w_in, s_in = (weights[0].values, weights[0].inverse) if fp8 else (experts.w_in, None)
-        w_out, s_out = (weights[1].values, weights[1].inverse) if fp8 else (experts.w_out, None)
+    few = rows.shape[0] <= FEW_ROWS * experts.sizes.experts
+    if few or not library_product_works(experts.sizes, torch.cuda.get_device_capability(rows.device)):
+        (w_in, s_in), (w_out, s_out) = experts.fp8() if fp8 else ((experts.w_in, None), (experts.w_out, None))
         h = few_rows_product(rows, w_in, ends, "silu" if gated else "gelu", scales, s_in)
         h, scales = activate(h, "none", fp8) if fp8 else (h, None)
         return few_rows_product(h, w_out, ends, "none", scales, s_out)
@@ -60,7 +75,7 @@ def _many_rows_fp8(
     weight = experts.fp8()[which]
     transposed = weight.values.transpose(1, 2)
     return torch._scaled_grouped_mm(
-        rows, transposed, scales, weight.inverse, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True
+        rows, transposed, scales, weight.scales, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True
     )
 
 

@@ -10,12 +10,13 @@ The busiest rank decides how long `compute` takes: the others wait for its rows.
 """
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from ch16.moe.experts import Experts, Path, Routing, combine, grouped, sort_rows
+from ch16.moe.experts import Dispatch, Experts, Routing, combine, grouped, sort_rows
 from ch16.moe.routing import require_divisible
 from common.distributed import Ranks
 
@@ -41,13 +42,14 @@ class ExpertParallel:
     experts, and gets its tokens' outputs [T, H].
     """
 
-    def __init__(self, shard: Experts, ranks: Ranks, path: Path = grouped) -> None:
+    def __init__(self, shard: Experts, ranks: Ranks, path: Dispatch = grouped) -> None:
         self.shard, self.ranks, self.path = shard, ranks, path
 
     def __call__(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Send rows to their experts, compute, bring them back, combine: [T, H] to the same shape."""
         exchange = self.agree(routing)
-        rows = self.back(self.compute(self.send(x, exchange), exchange), exchange)
+        arrived = self.send(self.arrange(x, exchange), exchange)
+        rows = self.back(self.compute(arrived, exchange), exchange)
         return combine(rows, exchange.places, routing.weights)
 
     def agree(self, routing: Routing) -> Exchange:
@@ -63,11 +65,15 @@ class ExpertParallel:
             places, counts.view(world, here).sum(1).tolist(), arriving.view(world, here).sum(1).tolist(), local
         )
 
-    def send(self, x: torch.Tensor, exchange: Exchange) -> torch.Tensor:
-        """Tokens x [T, H] to the ranks of their experts: the rows that arrive here."""
+    def arrange(self, x: torch.Tensor, exchange: Exchange) -> torch.Tensor:
+        """Tokens x [T, H] as rows [T x K, H], sorted by expert."""
         rows = x.new_empty(exchange.places.numel(), x.shape[1])
         rows[exchange.places.flatten()] = x.repeat_interleave(exchange.places.shape[1], dim=0)
-        arrived = x.new_empty(sum(exchange.received), x.shape[1])
+        return rows
+
+    def send(self, rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
+        """Sorted rows to the ranks of their experts: the rows that arrive here."""
+        arrived = rows.new_empty(sum(exchange.received), rows.shape[1])
         dist.all_to_all_single(arrived, rows, exchange.received, exchange.sent)
         return arrived
 
@@ -91,46 +97,62 @@ def rank_part(routing: Routing, experts: int, rank: int, ranks: int) -> tuple[to
     return tokens, Routing(chosen[:, None], torch.ones(len(tokens), 1, device=tokens.device))
 
 
-def measure_parallel(layer: ExpertParallel, x: torch.Tensor, routing: Routing, repeats: int) -> dict[str, float]:
-    """Medians over `repeats`, in seconds, the same on every rank.
+@torch.no_grad()
+def measure_parallel(
+    layer: ExpertParallel, cases: Mapping[str, tuple[torch.Tensor, Routing]], repeats: int
+) -> dict[str, dict[str, float]]:
+    """Medians over `repeats`, in seconds, the same on every rank; collective. Cases are timed turn by turn.
 
-    `step` is the whole layer. Its parts are timed apart, ranks starting each together: `compute` is the mean of the
-    ranks, `imbalance` what the slowest adds to it, `exchange` sending rows there and back (the slowest rank's).
+    Args:
+        cases: by name, this rank's tokens x [T, H] and their routing.
+
+    Returns:
+        For each case: `step`, the whole layer, and its parts, timed apart with all ranks starting together. `compute`
+        is the mean of the ranks, `imbalance` what the slowest adds to it, `exchange` the two all_to_alls of rows, and
+        `rest` what remains: agreeing on numbers of rows, sorting, weighted sums, and ranks out of step. `spread` is no
+        time: the interquartile range of `step` over its median, on the rank where it is largest.
     """
-    exchange = layer.agree(routing)
-    arrived = layer.send(x, exchange)
-    computed = layer.compute(arrived, exchange)
-    works = {
-        "step": lambda: layer(x, routing),
-        "compute": lambda: layer.compute(arrived, exchange),
-        "send": lambda: layer.send(x, exchange),
-        "back": lambda: layer.back(computed, exchange),
-    }
-    slowest, mean = {}, {}
-    for name, work in works.items():
+    works = {}
+    for name, (x, routing) in cases.items():
+        exchange = layer.agree(routing)
+        rows = layer.arrange(x, exchange)
+        arrived = layer.send(rows, exchange)
+        computed = layer.compute(arrived, exchange)
+        works[name, "step"] = lambda x=x, routing=routing: layer(x, routing)
+        works[name, "compute"] = lambda rows=arrived, exchange=exchange: layer.compute(rows, exchange)
+        works[name, "send"] = lambda rows=rows, exchange=exchange: layer.send(rows, exchange)
+        works[name, "back"] = lambda rows=computed, exchange=exchange: layer.back(rows, exchange)
+    for work in works.values():
         work()
-        seconds = torch.tensor([_together(work, x) for _ in range(repeats)], dtype=torch.float64).median()
-        across = torch.empty(layer.ranks.world_size, dtype=torch.float64, device=x.device)
-        dist.all_gather_into_tensor(across, seconds.reshape(1).to(x.device))
-        slowest[name], mean[name] = across.max().item(), across.mean().item()
-    return {
-        "step": slowest["step"],
-        "compute": mean["compute"],
-        "imbalance": slowest["compute"] - mean["compute"],
-        "exchange": slowest["send"] + slowest["back"],
-    }
+    device = layer.ranks.device
+    rounds = [[_together(work, device) for work in works.values()] for _ in range(repeats)]
+    levels = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    own = torch.tensor(rounds, dtype=torch.float64).quantile(levels, dim=0).to(device)  # [3, works]
+    gathered = [torch.empty_like(own) for _ in range(layer.ranks.world_size)]
+    dist.all_gather(gathered, own)
+    low, median, high = torch.stack(gathered, dim=1)  # each [ranks, works]
+    slowest = dict(zip(works, median.amax(0).tolist(), strict=True))
+    mean = dict(zip(works, median.mean(0).tolist(), strict=True))
+    spread = dict(zip(works, ((high - low) / median).amax(0).tolist(), strict=True))
+    found = {}
+    for name in cases:
+        parts = {"compute": mean[name, "compute"], "imbalance": slowest[name, "compute"] - mean[name, "compute"]}
+        parts["exchange"] = slowest[name, "send"] + slowest[name, "back"]
+        found[name] = {"step": slowest[name, "step"], **parts, "rest": slowest[name, "step"] - sum(parts.values())}
+        found[name]["spread"] = spread[name, "step"]
+    return found
 
 
-def _together(work: object, x: torch.Tensor) -> float:
+def _together(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call, all ranks starting at once; the device has finished when the clock stops."""
     dist.barrier()
-    _synchronize(x)
+    _synchronize(device)
     start = time.perf_counter()
     work()
-    _synchronize(x)
+    _synchronize(device)
     return time.perf_counter() - start
 
 
-def _synchronize(x: torch.Tensor) -> None:
-    if x.is_cuda:
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
         torch.cuda.synchronize()

@@ -1,13 +1,13 @@
 """How many tokens/s will this MoE give, and how many GPUs does it need? Arithmetic on measured parts.
 
     step(T)   = layers x (layer(T) + exchange(T)) + head(sequences)
-    prefill   = ceil(sequences x tokens_in / (ranks x chunk)) steps of up to `chunk` tokens a rank
+    prefill   = ceil(ceil(sequences / ranks) x tokens_in / chunk) steps of up to `chunk` tokens a rank
     decode    = (tokens_out - 1) steps of one token a sequence
     tokens/s  = sequences x tokens_out / (prefill + decode)
 
 Ranks share sequences evenly (data-parallel attention) and hold E / N experts each (expert parallelism). A layer takes
-as long as on its busiest rank. What a real engine does between steps (scheduling, sampling on the host) is left out:
-vLLM overlaps it with the step that runs.
+as long as on its busiest rank. Left out: what a real engine does between steps (vLLM overlaps it with the step that
+runs), and a prompt's attention to its own earlier chunks.
 """
 
 import math
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from ch16.moe.presets import Preset
 from common.cli import CannotRun
+from common.gpu import Machine
 
 USABLE_MEMORY = 0.90  # as vLLM's gpu_memory_utilization: the rest is for CUDA graphs, NCCL and activations
 BYTES = 2  # of a weight or a key: bfloat16
@@ -64,13 +65,14 @@ class Parts:
 
 @dataclass(frozen=True)
 class Link:
-    """Between GPUs of a host: bytes/s each way out of one GPU, and where the figure is from."""
+    """Between GPUs of a host: bytes/s each way out of one GPU, seconds until they start, and where this is from."""
 
     bytes_per_s: float | None
     source: str
+    latency_s: float = 0.0
 
     def exchange_seconds(self, rows: int, hidden: int, ranks: int) -> float:
-        """Rows [rows, hidden] of a rank to the ranks of their experts and back; (N - 1) / N of them leave the rank.
+        """Rows [rows, hidden] of a rank to their experts and back: two all_to_alls; (N - 1) / N of the rows leave.
 
         Raises:
             CannotRun: several ranks, and nothing is known about what connects them.
@@ -79,7 +81,21 @@ class Link:
             return 0.0
         if not self.bytes_per_s:
             raise CannotRun("the link between GPUs is unknown here; give --link-gb-s")
-        return 2 * rows * hidden * BYTES * (ranks - 1) / ranks / self.bytes_per_s
+        return 2 * (self.latency_s + rows * hidden * BYTES * (ranks - 1) / ranks / self.bytes_per_s)
+
+
+def link_between_gpus(machine: Machine, gb_per_s: float | None, latency_us: float | None) -> Link:
+    """The link as given, else by the machine's data sheet, else unknown.
+
+    Args:
+        gb_per_s: 1e9 bytes/s out of a GPU; None: not given.
+        latency_us: microseconds until an exchange starts; None: not counted.
+    """
+    late = f" after {latency_us:g} us" if latency_us else ", latency not counted (--link-latency-us adds it)"
+    rate, source = 1e9 * (gb_per_s or 0), "as given"
+    if not gb_per_s:
+        rate, source = machine.peak.link_bytes_per_s, "by the data sheet"
+    return Link(rate, f"{rate / 1e9:g} GB/s {source}{late}" if rate else "unknown", 1e-6 * (latency_us or 0))
 
 
 def predict(preset: Preset, workload: Workload, prefill: Parts, decode: Parts, ranks: int = 1) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Published mixture-of-experts models as sizes: what a layer and a whole model weigh, compute and keep."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import psutil
@@ -68,9 +68,22 @@ def from_config(name: str, config: Mapping[str, object]) -> Preset:
     experts, top_k = next(filter(None, counts), 0), config.get("num_experts_per_tok")
     if not experts or not top_k:
         raise CannotRun(f"{name} is no mixture of experts: its config.json names no experts")
+    try:
+        return _from_known(name, config, experts, top_k)
+    except KeyError as error:
+        raise CannotRun(f"{name}: its config.json has no {error}") from None
+
+
+# What makes layers differ from each other, or adds parts that are not in this benchmark.
+_OTHER_PARTS = (
+    "first_k_dense_replace", "mlp_only_layers", "n_shared_experts", "shared_expert_intermediate_size", "kv_lora_rank",
+)  # fmt: skip
+
+
+def _from_known(name: str, config: Mapping[str, object], experts: int, top_k: int) -> Preset:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     layer = Preset(name, hidden, config.get("moe_intermediate_size") or config["intermediate_size"], experts, top_k)
-    if any(config.get(key) for key in ("first_k_dense_replace", "n_shared_experts", "kv_lora_rank", "mlp_only_layers")):
+    if any(config.get(key) for key in _OTHER_PARTS) or config.get("decoder_sparse_step", 1) != 1:
         return layer
     return replace(
         layer,
@@ -82,14 +95,20 @@ def from_config(name: str, config: Mapping[str, object]) -> Preset:
     )
 
 
-def require_memory(preset: Preset, tokens: int, machine: Machine, copies: float = 1.0) -> None:
+def require_memory(
+    preset: Preset, tokens: int, machine: Machine, copies: float = 1.0, contenders: int = 1, more: float = 0.0
+) -> None:
     """Raise CannotRun before anything is allocated if a layer's weights and its rows cannot be held.
 
     Args:
+        tokens: the layer's input.
         copies: of the weights in bfloat16: an FP8 copy counts half.
+        contenders: works that keep their rows at the same time; a CUDA graph never gives its memory back.
+        more: bytes of everything else.
     """
     weights = copies * 2 * preset.experts * preset.sizes.parameters
-    rows = 2 * tokens * preset.top_k * (2 * preset.hidden + preset.sizes.rows_in + preset.intermediate)
+    rows = 2 * tokens * preset.top_k * (2 * preset.hidden + preset.sizes.rows_in + preset.intermediate) * contenders
+    rows += more
     if machine.device == "cpu":
         free = psutil.virtual_memory().available
     else:
@@ -97,9 +116,30 @@ def require_memory(preset: Preset, tokens: int, machine: Machine, copies: float 
         free = torch.cuda.mem_get_info()[0]
     if weights + rows > 0.95 * free:
         raise CannotRun(
-            f"{preset.name} needs {weights / 2**30:.1f} GiB for its weights and {rows / 2**30:.1f} GiB for rows, and "
-            f"{free / 2**30:.1f} GiB are free; choose another --preset, a smaller --hidden-size or fewer --tokens"
+            f"{preset.name} needs {weights / 2**30:.1f} GiB for its weights and {rows / 2**30:.1f} GiB for the rest, "
+            f"and {free / 2**30:.1f} GiB are free; choose another --preset, a smaller --hidden-size, or fewer --tokens "
+            "or --sequences"
         )
+
+
+def those_that_fit(
+    presets: Sequence[Preset], tokens: int, machine: Machine, **needs: float
+) -> tuple[list[Preset], list[str]]:
+    """The presets for which `require_memory` raises nothing, and what it says about the others.
+
+    Raises:
+        CannotRun: none fits.
+    """
+    fitting, others = [], []
+    for preset in presets:
+        try:
+            require_memory(preset, tokens, machine, **needs)
+            fitting.append(preset)
+        except CannotRun as error:
+            others.append(str(error))
+    if not fitting:
+        raise CannotRun(others[0])
+    return fitting, others
 
 
 # Layers of routed experts, from the config.json of the named hub repository; whole models are in common/models.py.

@@ -20,10 +20,27 @@ RANK_COLUMNS = (
     Column("compute_ms", "compute ms", ".3f"),
     Column("imbalance_ms", "imbalance ms", ".3f"),
     Column("exchange_ms", "exchange ms", ".3f"),
+    Column("rest_ms", "rest ms", ".3f"),
     Column("gb_per_s", "exchange GB/s a rank", ".2f"),
     Column("tokens_per_s", "tokens/s", ",.0f"),
     Column("rank_cost_percent", "time over balanced %", "+.1f"),
+    Column("spread_percent", "spread of layer ms %", ".0f"),
 )
+
+
+def require_ranks(preset: Preset, tokens: int, machine: Machine, ranks: Ranks) -> None:
+    """Raise CannotRun, on every rank alike, if one of them could not go on: before anything is allocated."""
+    world, problem = ranks.world_size, None
+    shared = world if machine.device == "cpu" else 1  # on a CPU all ranks share the memory
+    try:
+        require_divisible(preset.experts, world)
+        require_memory(preset, tokens, machine, copies=shared, contenders=shared * world * len(PATTERNS))
+    except CannotRun as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * world
+    dist.all_gather_object(problems, problem)
+    if found := next(filter(None, problems), None):
+        raise CannotRun(found)
 
 
 @torch.no_grad()
@@ -35,40 +52,41 @@ def measure_ranks(
     Raises:
         CannotRun: experts do not divide by ranks, they do not fit in memory, or the outputs differ from one process's.
     """
+    require_ranks(preset, max(tokens_list), machine, ranks)
     world = ranks.world_size
-    require_divisible(preset.experts, world)
-    copies = world if machine.device == "cpu" else 1  # on a CPU all ranks share the memory
-    require_memory(preset, max(tokens_list), machine, copies)
     torch.manual_seed(seed)  # the same weights on every rank, which keeps its share and checks against the whole
     experts = Experts.random(preset.sizes, ranks.device.type)
+    torch.manual_seed(seed + 1 + ranks.rank)  # other tokens on every rank
     here, rows = preset.experts // world, []
     layer = ExpertParallel(experts.part(ranks.rank * here, here), ranks)
     for tokens in tokens_list:
-        balanced = None
+        cases, loads, errors = {}, {}, {}
         for pattern in PATTERNS:
             routing = make_routing(pattern, tokens * world, preset.experts, preset.top_k, seed)
-            load = expert_load(routing, preset.experts)
-            by_rank = rank_load(load, world)
+            loads[pattern] = expert_load(routing, preset.experts)
             mine = slice(ranks.rank * tokens, (ranks.rank + 1) * tokens)
             own = Routing(routing.experts[mine].to(ranks.device), routing.weights[mine].to(ranks.device))
             x = torch.randn(tokens, preset.hidden, device=ranks.device, dtype=torch.bfloat16)
-            error = _largest_difference(layer(x, own), grouped(x, experts, own))
-            if not error <= TOLERANCE:
-                raise CannotRun(f"{world} ranks disagree with one process by {100 * error:.1f}%")
-            seconds = measure_parallel(layer, x, own, 4 * repeats)  # processes meet at random moments
-            leaving = 2 * x.element_size() * tokens * preset.top_k * preset.hidden * (world - 1) / world
-            balanced = balanced or seconds["step"]  # the first pattern
+            errors[pattern] = _largest_difference(layer(x, own), grouped(x, experts, own))
+            if not errors[pattern] <= TOLERANCE:
+                raise CannotRun(f"{world} ranks disagree with one process by {100 * errors[pattern]:.1f}%")
+            cases[pattern] = x, own
+        seconds = measure_parallel(layer, cases, 4 * repeats)  # processes get out of step at random
+        for pattern, (x, own) in cases.items():
+            by_rank, took = rank_load(loads[pattern], world), seconds[pattern]
+            leaving = int((own.experts // here != ranks.rank).sum()) * preset.hidden * x.element_size()
             rows.append(
                 {
                     "pattern": pattern,
                     "tokens": tokens,
-                    "max_mean": float(load.max() / load.mean()),
+                    "max_mean": float(loads[pattern].max() / loads[pattern].mean()),
                     "rank_max_mean": float(by_rank.max() / by_rank.mean()),
-                    **{f"{name}_ms": 1e3 * value for name, value in seconds.items()},
-                    "gb_per_s": leaving / seconds["exchange"] / 1e9,
-                    "tokens_per_s": tokens * world / seconds["step"],
-                    "rank_cost_percent": 100 * (seconds["step"] / balanced - 1),
-                    "error": error,
+                    **{f"{name}_ms": 1e3 * value for name, value in took.items() if name != "spread"},
+                    "spread_percent": 100 * took["spread"],
+                    "gb_per_s": 2 * leaving / took["exchange"] / 1e9 if leaving else None,
+                    "tokens_per_s": tokens * world / took["step"],
+                    "rank_cost_percent": 100 * (took["step"] / seconds[PATTERNS[0]]["step"] - 1),
+                    "error": errors[pattern],
                 }
             )
     return rows

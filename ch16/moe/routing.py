@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ch16.moe.experts import Routing
+from ch16.moe.experts import Routing, route
 from common.cli import CannotRun
 
 PATTERNS = ("balanced", "uniform", "zipf", "hot")
@@ -51,12 +51,12 @@ def make_routing(pattern: str, tokens: int, experts: int, top_k: int, seed: int 
     elif pattern == "zipf":
         scores = noise - ZIPF_EXPONENT * torch.log(shuffled + 1.0)
     elif pattern == "hot":
+        wanted = torch.rand(tokens, generator=generator) < HOT_SHARE
         scores = noise.clone()
-        scores[:, 0] = torch.where(torch.rand(tokens, generator=generator) < HOT_SHARE, math.inf, -math.inf)
+        scores[:, 0] = torch.where(wanted, noise.max(1).values + 1, noise.min(1).values - 1)
     elif pattern != "uniform":
         raise ValueError(f"pattern must be one of {', '.join(PATTERNS)}, not '{pattern}'")
-    chosen = scores.topk(top_k).indices
-    return Routing(chosen.to(device), noise.gather(1, chosen).softmax(dim=-1).to(device))
+    return route(scores.to(device), top_k)
 
 
 def expert_load(routing: Routing, experts: int) -> np.ndarray:

@@ -29,14 +29,20 @@ def trained_routing(network: nn.Module, ids: torch.Tensor, top_k: int) -> list[R
     Raises:
         CannotRun: the model does not give its routers' logits.
     """
+    windows = [_router_logits(network, window[None]) for window in ids]
+    return [route(torch.cat(layer), top_k) for layer in zip(*windows, strict=True)]
+
+
+def _router_logits(network: nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Of one window [1, length]: logits [length, E] for each layer with experts."""
     try:
         with torch.no_grad():
-            logits = network(input_ids=ids, output_router_logits=True).router_logits
+            logits = network(input_ids=ids, output_router_logits=True, logits_to_keep=1).router_logits
     except (TypeError, AttributeError) as error:
         raise CannotRun(f"this model does not show its routers: {first_line(error)}") from None
     if not logits:
         raise CannotRun("this model has no routers: it is not a mixture of experts")
-    return [route(layer.reshape(-1, layer.shape[-1]), top_k) for layer in logits if layer is not None]
+    return [layer.reshape(-1, layer.shape[-1]) for layer in logits if layer is not None]
 
 
 def read_with(model: Model, text: str, tokens: int, top_k: int, machine: Machine) -> list[Routing]:
@@ -51,7 +57,10 @@ def read_with(model: Model, text: str, tokens: int, top_k: int, machine: Machine
     ids = tokenizer(text[: 40 * count * length], return_tensors="pt", verbose=False)["input_ids"][0]
     if len(ids) < count * length:
         raise CannotRun(f"the text has {len(ids):,} tokens; {count * length:,} are needed")
-    return trained_routing(network, ids[: count * length].view(count, length).to(machine.device), top_k)
+    if ids.max() >= network.config.vocab_size:
+        raise CannotRun(f"the tokenizer of {model.name} gives ids that the model does not know")
+    layers = trained_routing(network, ids[: count * length].view(count, length).to(machine.device), top_k)
+    return [Routing(layer.experts[:tokens], layer.weights[:tokens]) for layer in layers]
 
 
 def balance_rows(layers: list[Routing], experts: int) -> list[dict]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +14,9 @@ from ch16 import moe_benchmark
 from ch16.moe.experts import Experts, reference, route
 from ch16.moe_benchmark import CHAPTER, SyntheticMoELayer, benchmark_moe, sizes_for
 from common.cli import CannotRun
-from common.gpu import Machine, detect
+from common.gpu import Peak, detect
 
 CPU = detect("cpu")
-H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", 1, 80 << 30, 16, (9, 0), True, True)
 
 
 # ---- the layer ----
@@ -43,11 +43,18 @@ def test_the_chapters_configurations(config):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((16, 4, 5), "5 experts per token, but there are 4"), ((16, 4, 0), "at least 1"), ((16, 0, 0), "at least 1")],
+    [
+        ({"experts_per_token": 5}, "5 experts per token, but there are 4"),
+        ({"experts_per_token": 0}, "at least 1"),
+        ({"num_experts": 0}, "at least 1"),
+        ({"intermediate_size": 0}, "at least 1"),
+        ({"dispatch": "magic"}, "dispatch must be one of loop, grouped, fp8"),
+        ({"dispatch": "fp8"}, "needs a GPU"),
+    ],
 )
 def test_impossible_layers(arguments, message):
     with pytest.raises(CannotRun, match=message):
-        SyntheticMoELayer(*arguments)
+        SyntheticMoELayer(16, **{"num_experts": 4, "experts_per_token": 2} | arguments)
 
 
 def test_no_tokens():
@@ -58,7 +65,7 @@ def test_no_tokens():
 # ---- the measurement ----
 
 
-def test_a_row(monkeypatch):
+def test_a_row():
     preset = moe_benchmark.Preset("small", 32, 64, 8, 2)
     sizes = sizes_for(CPU, quick=True)
     row = benchmark_moe(preset, Experts.random(preset.sizes), 24, CPU, sizes, seed=0)
@@ -66,6 +73,15 @@ def test_a_row(monkeypatch):
     assert row["tflops"] == pytest.approx(2 * 48 * 3 * 32 * 64 / (row["grouped_ms"] / 1e3) / 1e12)
     assert row["over_loop"] == pytest.approx(row["loop_ms"] / row["grouped_ms"])
     assert "compute_limit_ms" not in row and "fp8_ms" not in row  # unknown peaks, no FP8 units
+
+    known = replace(CPU, peak=Peak(bf16_flops=1e9, bytes_per_s=1e8))
+    row = benchmark_moe(preset, Experts.random(preset.sizes), 24, known, sizes, seed=0)
+    moved = 2 * (row["active_experts"] * 3 * 32 * 64 + 2 * 24 * 32)  # weights of experts with tokens; tokens in and out
+    assert row["compute_limit_ms"] == pytest.approx(1e3 * 2 * 48 * 3 * 32 * 64 / 1e9)
+    assert row["memory_limit_ms"] == pytest.approx(1e3 * moved / 1e8)
+    assert row["gb_per_s"] == pytest.approx(moved / (row["grouped_ms"] / 1e3) / 1e9)
+    slower = max(row["compute_limit_ms"], row["memory_limit_ms"])
+    assert row["limit_percent"] == pytest.approx(100 * slower / row["grouped_ms"])
 
 
 def test_a_path_that_is_wrong_is_not_timed(monkeypatch):
@@ -98,6 +114,12 @@ def test_uneven_load(rows, verdict, text):
     assert found.verdict == verdict and text in found.measured
 
 
+def test_a_cost_within_the_noise_decides_nothing():
+    row = pattern("zipf", 0.0, 8.0) | {"spread_percent": 9.0}
+    assert moe_benchmark.uneven_load_claim([row], "over 2 ranks").verdict == "n/a"
+    assert moe_benchmark.uneven_load_claim([row | {"spread_percent": 7.0}], "over 2 ranks").verdict == "holds"
+
+
 @pytest.mark.parametrize(("error", "verdict"), [(-15.0, "holds"), (14.0, "holds"), (15.1, "fails"), (-40.0, "fails")])
 def test_prediction(error, verdict):
     rows = [{"what": "output tok/s", "predicted": 1000.0, "measured": 900.0, "error_percent": error}]
@@ -109,9 +131,10 @@ def test_prediction(error, verdict):
 # ---- the script ----
 
 
-def test_sizes():
-    assert sizes_for(H100, quick=False).hidden == 4096 and sizes_for(H100, quick=False).tokens == (64, 8192)
-    assert sizes_for(CPU, quick=True).hidden <= 512
+def test_weights_belong_to_the_module():
+    layer = SyntheticMoELayer(16, 4, 2)
+    assert {"router.weight", "experts.w_in", "experts.w_out"} == set(layer.state_dict())
+    assert layer.to(torch.float64).experts.w_in.dtype == torch.float64
 
 
 @pytest.mark.parametrize(
@@ -119,7 +142,8 @@ def test_sizes():
     [
         (["--tokens", "0,64"], 1, "--tokens 0: there is nothing to route"),
         (["--tokens", "many"], 1, "--tokens takes numbers"),
-        (["--hidden-size", "40000"], 1, "needs 381.5 GiB for its weights"),
+        (["--hidden-size", "4000000"], 1, "GiB for its weights"),
+        (["--preset", "deepseek-v3", "--target-tok-s", "9"], 2, "needs a whole model"),
         (["--preset", "gpt-5"], 2, "invalid choice"),
         (["--link-gb-s", "-3"], 2, "must be above 0"),
         (["--device", "cuda"], 1, "no GPU found"),
@@ -157,7 +181,7 @@ def test_experts_spread_over_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_experts_that_do_not_divide(tmp_path):
+def test_experts_that_do_not_divide():
     done = launch(*TORCHRUN, "3", moe_benchmark.__file__, "--quick", "--device", "cpu")
     assert done.returncode != 0 and done.stderr.count("error: 64 experts do not divide by 3 ranks") == 1
     assert "ch16/moe" not in done.stderr.replace("ch16/moe_benchmark.py", "")  # no traceback of ours

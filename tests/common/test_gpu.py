@@ -62,7 +62,7 @@ def test_the_cpu_stack_does_not_use_the_gpu(monkeypatch):
 def test_unknown_gpu_has_unknown_limits():
     machine = gpu.Machine("cuda", "NVIDIA Imaginary 1", 2, 80 << 30, 8, (9, 0), True, True)
     assert "unknown TFLOP/s BF16" in gpu.card(machine)
-    assert machine.as_dict()["peak"] == {"bf16_flops": None, "fp8_flops": None, "bytes_per_s": None}
+    assert set(machine.as_dict()["peak"].values()) == {None}
 
 
 def test_no_utilization_without_a_gpu():

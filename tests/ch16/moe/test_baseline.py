@@ -26,6 +26,23 @@ def test_no_ungated_experts_on_a_cpu():
     assert path is None and "gated experts only" in why
 
 
+@pytest.mark.parametrize(("hidden", "intermediate"), [(96, 48), (32, 16), (100, 64)])
+def test_widths_that_vllms_cpu_kernel_cannot_compute(hidden, intermediate):
+    path, why = vllm_path(Experts.random(ExpertSizes(hidden, intermediate, 2, gated=True)))
+    assert path is None and "multiples of 32" in why
+
+
+@CPU_BUILD
+@torch.no_grad()
+def test_a_part_of_the_experts_is_computed_with_its_own_weights():
+    experts = Experts.random(ExpertSizes(64, 32, 8, gated=True))
+    path, why = vllm_path(experts)
+    assert path is not None, why
+    x, routing, part = torch.randn(10, 64, dtype=torch.bfloat16), make_routing("uniform", 10, 2, 1), experts.part(4, 2)
+    expected = reference(x, part, routing)
+    assert (path(x, part, routing).double() - expected).norm() / expected.norm() < TOLERANCE
+
+
 @pytest.mark.gpu
 @torch.no_grad()
 def test_ungated_experts_on_a_gpu():

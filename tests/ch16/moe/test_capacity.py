@@ -28,7 +28,6 @@ def test_other_ranks_are_computed_with_a_share_of_the_experts(monkeypatch):
         seen.append((len(x), experts.sizes.experts)),
         ours(x, experts, routing),
     )[1]
-    monkeypatch.setattr(capacity, "path", capacity.path)
     torch.manual_seed(0)
     capacity.parts(WORK, 4, "decode")
     assert {experts for _, experts in seen} == {2}

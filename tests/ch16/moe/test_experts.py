@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ch16.moe.experts import (
-    PATHS,
     TOLERANCE,
     Experts,
     ExpertSizes,
@@ -136,8 +135,8 @@ def test_a_part_shares_memory():
 def test_fp8_weights_have_a_scale_each_row():
     experts = Experts.random(ExpertSizes(64, 32, 3, gated=True))
     w_in, w_out = experts.fp8()
-    assert w_in.values.shape == (3, 64, 64) and w_in.inverse.shape == (3, 64) and w_out.inverse.shape == (3, 64)
-    back = w_in.values.float() * w_in.inverse[..., None]
+    assert w_in.values.shape == (3, 64, 64) and w_in.scales.shape == (3, 64) and w_out.scales.shape == (3, 64)
+    back = w_in.values.float() * w_in.scales[..., None]
     assert error(back, experts.w_in) < 0.04
     assert experts.fp8()[0] is w_in
 
@@ -153,7 +152,3 @@ def test_what_no_path_can_compute(tokens, top_k, message):
     x, routing = torch.randn(tokens, 8), Routing(torch.zeros(tokens, top_k).long(), torch.ones(tokens, top_k))
     with pytest.raises(CannotRun, match=message):
         check_input(x, routing, ExpertSizes(8, 8, 4, gated=False))
-
-
-def test_path_names_are_the_tables():
-    assert list(PATHS) == ["loop", "grouped", "fp8"]

@@ -18,6 +18,8 @@ SHAPES = [  # hidden, intermediate, experts, top-k, tokens, gated
     (512, 256, 4, 2, 9000, True),  # many rows: PyTorch's grouped GEMM
     (7168, 256, 256, 8, 40, True),
     (256, 128, 1, 1, 1000, True),
+    (256, 128, 1, 1, 50, True),
+    (104, 24, 4, 2, 900, False),  # rows that PyTorch's grouped GEMM cannot take
     (256, 128, 300, 8, 33, False),  # more experts than a power of two below
 ]
 
@@ -60,16 +62,33 @@ def test_experts_nobody_chose_are_not_read():
 
 
 @torch.no_grad()
-def test_nothing_waits_for_the_host():
+def test_views_no_tokens_and_other_types():
+    experts = Experts.random(ExpertSizes(256, 128, 8, gated=True), "cuda")
+    wide, routing = (
+        torch.randn(20, 512, device="cuda", dtype=torch.bfloat16),
+        make_routing("uniform", 20, 8, 2, 0, "cuda"),
+    )
+    view, weights = wide[:, :256], routing.weights.repeat_interleave(2, dim=1)[:, ::2]
+    expected = moe.grouped(view.contiguous(), experts, routing)
+    assert torch.equal(moe.grouped(view, experts, Routing(routing.experts, weights)), expected)
+    nobody = Routing(routing.experts[:0], routing.weights[:0])
+    assert moe.grouped(view[:0], experts, nobody).shape == (0, 256)
+    with pytest.raises(ValueError, match="compute bfloat16"):
+        moe.grouped(view.float(), experts, routing)
+
+
+@pytest.mark.parametrize(("tokens", "name"), [(100, "grouped"), (100, "fp8"), (9000, "grouped"), (9000, "fp8")])
+@torch.no_grad()
+def test_nothing_waits_for_the_host(tokens, name):
     """A CUDA graph can be captured, and replays on new input."""
     from common.timing import graphed
 
     experts = Experts.random(ExpertSizes(256, 128, 16, gated=True), "cuda")
-    x = torch.randn(100, 256, device="cuda", dtype=torch.bfloat16)
-    routing = make_routing("uniform", 100, 16, 2, device="cuda")
+    x = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16)
+    routing = make_routing("uniform", tokens, 16, 2, device="cuda")
     out = torch.empty_like(x)
-    replay = graphed(lambda: out.copy_(moe.grouped(x, experts, routing)))
+    replay = graphed(lambda: out.copy_(moe.PATHS[name](x, experts, routing)))
     x.normal_()
-    routing.experts.copy_(make_routing("zipf", 100, 16, 2, device="cuda").experts)
+    routing.experts.copy_(make_routing("zipf", tokens, 16, 2, device="cuda").experts)
     replay()
-    assert torch.equal(out, moe.grouped(x, experts, routing))
+    assert torch.equal(out, moe.PATHS[name](x, experts, routing))

@@ -2,9 +2,10 @@
 
 import pytest
 
-from ch16.moe.planner import Link, Parts, Workload, fits, gpus_needed, memory_per_rank, predict
+from ch16.moe.planner import Link, Parts, Workload, fits, gpus_needed, link_between_gpus, memory_per_rank, predict
 from ch16.moe.presets import PRESETS, Preset
 from common.cli import CannotRun
+from common.gpu import Machine, Peak, detect
 
 TEN = Preset(
     "ten", hidden=100, intermediate=50, experts=8, top_k=2, layers=10, heads=4, kv_heads=2, head_dim=25, vocab=1000
@@ -40,8 +41,24 @@ def test_exchange_by_hand():
     assert link.exchange_seconds(rows=1000, hidden=500, ranks=4) == pytest.approx(2 * 1000 * 500 * 2 * 0.75 / 1e9)
     assert link.exchange_seconds(1000, 500, ranks=1) == 0.0
     assert Link(None, "unknown").exchange_seconds(1000, 500, ranks=1) == 0.0
+    late = Link(1e9, "test", latency_s=25e-6)
+    assert late.exchange_seconds(1000, 500, ranks=4) == pytest.approx(link.exchange_seconds(1000, 500, 4) + 50e-6)
     with pytest.raises(CannotRun, match="--link-gb-s"):
         Link(None, "unknown").exchange_seconds(1000, 500, ranks=2)
+
+
+def test_which_link():
+    h100 = Machine("cuda", "x", 1, 1, 1, (9, 0), True, True, Peak(link_bytes_per_s=450e9))
+    sheet, given = link_between_gpus(h100, None, None), link_between_gpus(h100, 50, 20)
+    assert (sheet.bytes_per_s, sheet.latency_s) == (
+        450e9,
+        0,
+    ) and "450 GB/s by the data sheet, latency not" in sheet.source
+    assert (given.bytes_per_s, given.latency_s) == (
+        50e9,
+        pytest.approx(20e-6),
+    ) and given.source == "50 GB/s as given after 20 us"
+    assert link_between_gpus(detect("cpu"), None, None).bytes_per_s is None
 
 
 def test_memory_by_hand():

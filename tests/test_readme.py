@@ -29,14 +29,15 @@ def commands():
 
 COMMANDS = list(dict.fromkeys((tuple(words), gpu) for words, gpu in commands()))
 STARTERS = {"python3": (), "torchrun": ("-m", "torch.distributed.run", "--standalone")}
-SCRIPTS = [(c, gpu) for c, gpu in COMMANDS if c[0] in STARTERS and "--serve" not in c]
+SCRIPTS = [(c, gpu) for c, gpu in COMMANDS if c[0] in STARTERS and not {"--serve", "--watch"} & set(c)]
+WATCHES = [c for c, _ in COMMANDS if "--watch" in c]
 SERVERS = [c for c, _ in COMMANDS if "--serve" in c]
 CURLS = [c for c, _ in COMMANDS if c[0] == "curl"]
 MAKES = [c for c, _ in COMMANDS if c[0] == "make"]
 
 
 def test_every_command_is_of_a_kind_that_is_run_here():
-    known = {c for c, _ in SCRIPTS} | {*SERVERS, *CURLS, *MAKES, (".", ".venv/bin/activate")}
+    known = {c for c, _ in SCRIPTS} | {*SERVERS, *WATCHES, *CURLS, *MAKES, (".", ".venv/bin/activate")}
     assert {c for c, _ in COMMANDS} == known and len(SERVERS) == 1 and CURLS and MAKES
 
 
@@ -64,6 +65,10 @@ def test_server_and_what_is_asked_of_it(tmp_path):
         for curl in CURLS:
             done = run([word.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}") for word in (*curl, "--fail")])
             assert done.returncode == 0 and done.stdout, curl
+        for command in WATCHES:
+            here = [word.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}") for word in command[1:]]
+            done = run([sys.executable, *here, "--seconds", "2"])
+            assert done.returncode == 0 and "hit rate" in done.stdout, done.stderr
 
 
 @pytest.mark.slow

@@ -1,0 +1,62 @@
+"""How many bytes a token takes in the KV cache, from a model's config.json.
+
+    multi-head, grouped-query   2 (K, V) x layers x kv_heads x head_dim x bytes of a value
+    latent attention (MLA)      layers x (kv_lora_rank + qk_rope_head_dim) x bytes: one vector for all heads
+    sliding window              a layer keeps the last `window` tokens only
+
+Sources: Ainslie et al., arXiv 2305.13245 (GQA); DeepSeek-V2, arXiv 2405.04434 (MLA); Mistral 7B, arXiv 2310.06825.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from common.cli import CannotRun
+
+BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What one token leaves in the cache: bytes in layers that keep everything, and in layers with a window."""
+
+    full_bytes: int
+    window_bytes: int = 0
+    window: int = 0  # tokens
+
+    @property
+    def bytes_per_token(self) -> int:
+        """While the context is shorter than the window."""
+        return self.full_bytes + self.window_bytes
+
+    def sequence_bytes(self, tokens: int) -> int:
+        """Of a whole sequence."""
+        return tokens * self.full_bytes + min(tokens, self.window or tokens) * self.window_bytes
+
+
+def kv_shape(config: Mapping[str, object], cache_dtype: str = "auto") -> KVShape:
+    """KV bytes of a model.
+
+    Args:
+        config: the content of its config.json.
+        cache_dtype: vLLM's `kv_cache_dtype`; "auto" is bfloat16.
+
+    Raises:
+        CannotRun: the config does not say, or an unknown type.
+    """
+    if cache_dtype not in BYTES:
+        raise CannotRun(f"unknown KV cache type '{cache_dtype}'; known are {', '.join(BYTES)}")
+    try:
+        layers, size = int(config["num_hidden_layers"]), BYTES[cache_dtype]
+        if config.get("kv_lora_rank"):
+            return KVShape(layers * (config["kv_lora_rank"] + config["qk_rope_head_dim"]) * size)
+        heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    except KeyError as error:
+        raise CannotRun(f"this model's config.json has no {error}") from None
+    each = 2 * heads * head_dim * size
+    window = config.get("sliding_window") or 0
+    if not window or config.get("use_sliding_window") is False:
+        return KVShape(layers * each)
+    kinds = config.get("layer_types") or ["sliding_attention"] * layers
+    sliding = sum(kind == "sliding_attention" for kind in kinds)
+    return KVShape((layers - sliding) * each, sliding * each, window if sliding else 0)

@@ -1,0 +1,146 @@
+"""vLLM's KV cache events over ZMQ: blocks stored, removed, all cleared; in order, and none lost unnoticed.
+
+A batch has three frames: topic, sequence number (8 bytes, big endian), and msgpack [time, events, rank]. Numbers count
+from 0 without gaps. A gap means that batches were lost (a slow reader, a late subscription); the publisher keeps the
+last ones and sends them again when asked for a first number on its replay socket, ending with number -1. The format is
+described in vLLM's `vllm/distributed/kv_events.py`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import zmq
+
+from common.cli import CannotRun
+
+END_OF_REPLAY = -1
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Blocks whose content became findable in the prefix cache: their hashes, one block each."""
+
+    hashes: tuple[int | bytes, ...]
+    block_size: int  # tokens of a block
+
+
+@dataclass(frozen=True)
+class Removed:
+    """Blocks that were given other content (evicted)."""
+
+    hashes: tuple[int | bytes, ...]
+
+
+@dataclass(frozen=True)
+class Cleared:
+    """The whole prefix cache was reset."""
+
+
+Event = Stored | Removed | Cleared
+
+
+def parse(payload: bytes) -> list[Event]:
+    """The events of one batch that concern GPU blocks; kinds that are not known here are skipped.
+
+    Raises:
+        ValueError: this is no batch of events.
+    """
+    try:
+        _, events, *_ = msgspec.msgpack.decode(payload)
+        return [event for raw in events if (event := _event(raw)) is not None]
+    except (msgspec.DecodeError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"not a batch of KV cache events: {error}") from None
+
+
+def _event(raw: dict) -> Event | None:
+    if raw.get("medium") not in (None, "GPU"):
+        return None
+    if raw["type"] == "BlockStored":
+        return Stored(tuple(raw["block_hashes"]), raw["block_size"])
+    if raw["type"] == "BlockRemoved":
+        return Removed(tuple(raw["block_hashes"]))
+    return Cleared() if raw["type"] == "AllBlocksCleared" else None
+
+
+class EventStream:
+    """Events of one engine, in order.
+
+    Args:
+        endpoint: where the engine publishes, as in "tcp://127.0.0.1:5557" or "ipc:///tmp/events".
+        replay_endpoint: where lost batches can be asked for; None: they stay lost.
+        topic: only batches under it.
+
+    Attributes:
+        lost: batches that could not be had again.
+        replayed: batches that were lost and came back.
+    """
+
+    def __init__(self, endpoint: str, replay_endpoint: str | None = None, topic: str = "") -> None:
+        self.lost = self.replayed = 0
+        self._next = 0  # the sequence number that should come next
+        self._replay_endpoint = replay_endpoint
+        self._context = zmq.Context.instance()
+        self._socket = self._context.socket(zmq.SUB)
+        try:
+            self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self._socket.close(linger=0)
+            raise CannotRun(f"cannot subscribe to '{endpoint}': {error}") from None
+        self._socket.setsockopt_string(zmq.SUBSCRIBE, topic)
+
+    def close(self) -> None:
+        """Unsubscribe."""
+        self._socket.close(linger=0)
+
+    def poll(self, timeout_s: float = 0.0) -> Iterator[Event]:
+        """Events that have arrived; waits for the first of them at most `timeout_s`.
+
+        Raises:
+            CannotRun: somebody publishes something else there.
+        """
+        wait_ms = int(1000 * timeout_s)
+        while self._socket.poll(wait_ms):
+            wait_ms = 0
+            frames = self._socket.recv_multipart()
+            yield from self._batch(int.from_bytes(frames[-2], "big", signed=True), frames[-1])
+
+    def catch_up(self, timeout_s: float = 1.0) -> Iterator[Event]:
+        """Batches that were published before the subscription, or lost at the end: ask for all that did not come."""
+        yield from self._replay_until(None, timeout_s)
+
+    def _batch(self, number: int, payload: bytes) -> Iterator[Event]:
+        if number > self._next:
+            yield from self._replay_until(number)
+            self.lost += number - self._next
+        if number >= self._next:  # otherwise it came with a replay already
+            self._next = number + 1
+            yield from _parsed(payload)
+
+    def _replay_until(self, end: int | None, timeout_s: float = 1.0) -> Iterator[Event]:
+        """Batches from the next one on, before `end`; those that the publisher has dropped stay missing."""
+        if self._replay_endpoint is None:
+            return
+        with self._context.socket(zmq.DEALER) as socket:  # a REQ socket would take one answer only
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.connect(self._replay_endpoint)
+            socket.send_multipart((b"", self._next.to_bytes(8, "big")))
+            while socket.poll(int(1000 * timeout_s)):
+                _, number_bytes, payload = socket.recv_multipart()
+                number = int.from_bytes(number_bytes, "big", signed=True)
+                if number == END_OF_REPLAY:
+                    return
+                if end is not None and number >= end:
+                    continue  # it will come, or has come, by itself
+                if number >= self._next:
+                    self.lost += number - self._next  # older than what the publisher keeps
+                    self._next = number + 1
+                    self.replayed += 1
+                    yield from _parsed(payload)
+
+
+def _parsed(payload: bytes) -> Sequence[Event]:
+    try:
+        return parse(payload)
+    except ValueError as error:
+        raise CannotRun(str(error)) from None

@@ -1,0 +1,138 @@
+"""Workloads that fill a KV cache in different ways, and engines compared in turn."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ch16.kvcache.feed import EngineFeed, Sample
+from common.load import random_prompts, send_wave
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Blocks of the cache, tokens of a block, requests together, the longest sequence, rounds of each comparison."""
+
+    blocks: int
+    block_size: int
+    requests: int
+    max_len: int
+    prefix: int
+    rounds: int
+
+
+def workloads(sizes: Sizes, vocab_size: int, seed: int) -> dict[str, list[tuple[list[list[int]], int]]]:
+    """Waves of prompts and tokens out for each workload: nothing in common, a common prefix, more than fits."""
+    (prefix,) = random_prompts(1, sizes.prefix, vocab_size, seed + 1)
+    tails = random_prompts(sizes.requests, sizes.block_size, vocab_size, seed + 2)
+    # Twice as much live context as there are blocks. As many prompts as fit are admitted, and then all of them grow.
+    many, prompt_blocks = 2 * sizes.blocks // 5, 4
+    return {
+        "unrelated prompts": [(random_prompts(sizes.requests, 4 * sizes.block_size, vocab_size, seed), 16)],
+        "common prefix": [([prefix + tails[0]], 4), ([prefix + tail for tail in tails], 8)],
+        "more than fits": [
+            (random_prompts(many, prompt_blocks * sizes.block_size, vocab_size, seed + 3), sizes.block_size)
+        ],
+    }
+
+
+def run_workloads(feed: EngineFeed, sizes: Sizes, vocab_size: int, seed: int) -> list[dict]:
+    """Rows of WORKLOAD_COLUMNS, one after another on the same cache; every step is checked, and so are the totals."""
+    rows = []
+    for name, waves in workloads(sizes, vocab_size, seed).items():
+        before, first, steps, checked = feed.monitor.stats, len(feed.samples), feed.steps, feed.checked_steps
+        started = feed.samples[-1] if feed.samples else Sample(0.0, 0, 0, 0, 0, 0, 0, 0)
+        begun = time.perf_counter()
+        for prompts, tokens_out in waves:
+            feed.run(prompts, tokens_out)
+        seconds = time.perf_counter() - begun
+        feed.verify()
+        seen, after = feed.samples[first:], feed.monitor.stats
+        hits, misses = (after[key] - before[key] for key in ("cache_hits", "cache_misses"))
+        peak = max(sample.held_blocks for sample in seen)
+        rows.append(
+            {
+                "workload": name,
+                "requests": sum(len(prompts) for prompts, _ in waves),
+                "seconds": seconds,
+                "peak_held": peak,
+                "usage_percent": 100 * peak / feed.total_blocks,
+                "cached": len(feed.cached),
+                "hit_percent": 100 * hits / (hits + misses),
+                "evictions": after["evictions"] - before["evictions"],
+                "preemptions": seen[-1].preemptions - started.preemptions,
+                "peak_running": max(sample.running for sample in seen),
+                "checked": feed.checked_steps - checked,
+                "steps": feed.steps - steps,
+            }
+        )
+    return rows
+
+
+def fits_rows(feed: EngineFeed, sizes: Sizes, vocab_size: int, seed: int) -> list[dict]:
+    """Rows of FITS_COLUMNS: short requests, with memory for the longest reserved for each, and as they grow."""
+    tokens_out = sizes.block_size
+    reserved = -(-sizes.max_len // sizes.block_size)
+    each = 2  # a prompt of one block, and one block of answer
+    prompts = random_prompts(feed.total_blocks // each, sizes.block_size, vocab_size, seed + 9)
+    feed.peak_running = 0
+    feed.run(prompts, tokens_out)
+    feed.verify()
+    return [
+        {"how": f"reserved: {sizes.max_len:,} tokens", "blocks": reserved, "fit": feed.total_blocks // reserved,
+         "source": "computed: blocks / blocks each"},
+        {"how": f"paged: {sizes.block_size} tokens in, {tokens_out} out", "blocks": each, "fit": feed.peak_running,
+         "source": "measured: most running at once"},
+    ]  # fmt: skip
+
+
+def compare(
+    what: str, variant: Callable[[int], float], base: Callable[[int], float], rounds: int
+) -> dict[str, float | str]:
+    """A row of COMPARISON_COLUMNS: both measured in turn, the first to go alternating; the median of the ratios."""
+    variant(-1), base(-1)  # warm up
+    pairs = []
+    for i in range(rounds):
+        order = (variant, base) if i % 2 == 0 else (base, variant)
+        found = {work: work(i) for work in order}
+        pairs.append((found[variant], found[base]))
+    ratios = sorted(a / b for a, b in pairs)
+    quarter = len(ratios) // 4
+    return {
+        "what": what,
+        "variant": statistics.median(a for a, _ in pairs),
+        "base": statistics.median(b for _, b in pairs),
+        "ratio": statistics.median(ratios),
+        "spread_percent": 100 * (ratios[-1 - quarter] - ratios[quarter]),
+    }
+
+
+def throughput(
+    run: Callable[[Sequence[Sequence[int]], int], object], sizes: Sizes, vocab_size: int, seed: int
+) -> Callable:
+    """Output tokens/s of a wave of unrelated prompts, other ones in each round."""
+    tokens_out = sizes.block_size
+
+    def measure(round_: int) -> float:
+        prompts = random_prompts(sizes.requests, sizes.block_size, vocab_size, seed + 100 + round_)
+        started = time.perf_counter()
+        run(prompts, tokens_out)
+        return sizes.requests * tokens_out / (time.perf_counter() - started)
+
+    return measure
+
+
+def first_token_ms(llm: "LLM", sizes: Sizes, vocab_size: int, seed: int) -> Callable[[int], float]:
+    """Milliseconds to the first token of a request with a prefix that every round shares; the warm-up brings it in."""
+    (prefix,) = random_prompts(1, sizes.prefix, vocab_size, seed + 1)
+
+    def measure(round_: int) -> float:
+        (tail,) = random_prompts(1, sizes.block_size, vocab_size, seed + 200 + round_)
+        sent, arrived = send_wave(llm, [prefix + tail], 2)
+        return 1e3 * (arrived[0][0] - sent[0])
+
+    return measure

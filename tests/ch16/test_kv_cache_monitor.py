@@ -1,0 +1,249 @@
+"""The chapter's monitor by property, the claims, the command line, and the whole script on the real engine."""
+
+import json
+import subprocess
+import sys
+import threading
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from prometheus_client import CollectorRegistry, generate_latest
+
+from ch16 import kv_cache_monitor
+from ch16.kv_cache_monitor import CacheMonitor, bytes_rows, call_rows
+from common.gpu import detect
+from common.models import SHAPES, Model
+
+SCRIPT = kv_cache_monitor.__file__
+
+
+# ---- the monitor ----
+
+
+class AgainstADictionary(RuleBasedStateMachine):
+    """Any order of calls, right or wrong: the same as a plain dictionary of blocks and a number of bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.monitor, self.blocks, self.loose = CacheMonitor(), {}, 0
+        self.allocated = self.freed = self.hits = self.misses = self.evictions = 0
+
+    @rule(size=st.integers(-3, 50))
+    def allocate(self, size):
+        if size < 0:
+            with pytest.raises(ValueError):
+                self.monitor.record_allocation(size)
+        else:
+            self.monitor.record_allocation(size)
+            self.loose += size
+            self.allocated += size
+
+    @rule(size=st.integers(-3, 50))
+    def free(self, size):
+        if 0 <= size <= self.loose:
+            self.monitor.record_free(size)
+            self.loose -= size
+            self.freed += size
+        else:
+            with pytest.raises(ValueError):
+                self.monitor.record_free(size)
+
+    @rule(size=st.integers(0, 9), block=st.integers(0, 4))
+    def allocate_block(self, size, block):
+        if block in self.blocks:
+            with pytest.raises(ValueError, match="in use already"):
+                self.monitor.record_allocation(size, block)
+        else:
+            self.monitor.record_allocation(size, block)
+            self.blocks[block] = size
+            self.allocated += size
+
+    @rule(block=st.integers(0, 4), size=st.none() | st.integers(0, 9))
+    def free_block(self, block, size):
+        if block in self.blocks and size in (None, self.blocks[block]):
+            self.monitor.record_free(size, block)
+            self.freed += self.blocks.pop(block)
+        else:
+            with pytest.raises(ValueError, match="block"):
+                self.monitor.record_free(size, block)
+
+    @rule(hits=st.integers(0, 5), misses=st.integers(0, 5), evictions=st.integers(0, 5))
+    def count(self, hits, misses, evictions):
+        self.monitor.record_hit(hits)
+        self.monitor.record_miss(misses)
+        self.monitor.record_eviction(evictions)
+        self.hits, self.misses, self.evictions = self.hits + hits, self.misses + misses, self.evictions + evictions
+
+    @invariant()
+    def the_same(self):
+        in_use = sum(self.blocks.values()) + self.loose
+        assert self.monitor.stats == {
+            "total_allocated": self.allocated,
+            "total_freed": self.freed,
+            "current_usage": in_use,
+            "cache_hits": self.hits,
+            "cache_misses": self.misses,
+            "evictions": self.evictions,
+        }
+        assert in_use >= 0
+        total = self.hits + self.misses
+        assert self.monitor.get_hit_rate() == (self.hits / total if total else 0.0)
+
+
+TestAgainstADictionary = AgainstADictionary.TestCase
+
+
+def test_the_chapters_calls(capsys):
+    monitor = CacheMonitor()
+    monitor.record_allocation(3_000_000_000)
+    monitor.record_free(500_000_000)
+    for _ in range(3):
+        monitor.record_hit()
+    monitor.record_miss()
+    monitor.record_eviction()
+    monitor.print_stats()
+    expected = "KV Cache Statistics:\n  Current usage: 2.50 GB\n  Hit rate: 75.0%\n  Evictions: 1\n"
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("method", ["record_hit", "record_miss", "record_eviction"])
+def test_nothing_counts_backwards(method):
+    with pytest.raises(ValueError, match="a count of -1"):
+        getattr(CacheMonitor(), method)(-1)
+
+
+def test_free_needs_to_know_what():
+    with pytest.raises(ValueError, match="a size or a block"):
+        CacheMonitor().record_free()
+
+
+def test_eight_threads_lose_nothing():
+    monitor, calls = CacheMonitor(), 5_000
+
+    def work(thread):
+        for i in range(calls):
+            monitor.record_allocation(2, (thread, i))
+            monitor.record_hit()
+            monitor.record_miss()
+            if i % 2:
+                monitor.record_free(block=(thread, i))
+                monitor.record_eviction()
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert monitor.stats == {
+        "total_allocated": 16 * calls,
+        "total_freed": 8 * calls,
+        "current_usage": 8 * calls,
+        "cache_hits": 8 * calls,
+        "cache_misses": 8 * calls,
+        "evictions": 4 * calls,
+    }
+
+
+def test_prometheus_sees_what_is_there_when_it_looks():
+    monitor, registry = CacheMonitor(), CollectorRegistry(auto_describe=True)
+    monitor.export(registry)
+    monitor.record_allocation(10)
+    monitor.record_free(3)
+    monitor.record_hit(4)
+    text = generate_latest(registry).decode()
+    assert "# TYPE kv_cache_usage_bytes gauge\nkv_cache_usage_bytes 7.0" in text
+    assert "# TYPE kv_cache_hits_total counter\nkv_cache_hits_total 4.0" in text
+    assert "kv_cache_allocated_bytes_total 10.0" in text and "kv_cache_freed_bytes_total 3.0" in text
+    with pytest.raises(ValueError):
+        CacheMonitor().export(registry)
+
+
+def test_speed_is_of_every_method():
+    rows = call_rows(50)
+    assert [row["method"] for row in rows] == [name for name in vars(CacheMonitor) if name.startswith("record_")]
+    assert all(row["per_s"] > 0 for row in rows)
+
+
+# ---- claims ----
+
+CHECKED = [{"evictions": 5, "preemptions": 2, "checked": 10, "steps": 12}]
+FITS = [{"fit": 1}, {"fit": 39}]
+
+
+def comparison(ratio, spread=0.5):
+    return {"ratio": ratio, "spread_percent": spread}
+
+
+@pytest.mark.parametrize(
+    ("no_hits", "shared", "verdict"),
+    [
+        (comparison(0.995), comparison(0.1), "holds"),
+        (comparison(0.98), comparison(0.1), "fails"),
+        (comparison(0.98, 3.0), comparison(0.1), "n/a"),  # less than runs differ
+        (comparison(0.98, 3.0), comparison(0.5), "fails"),
+        (comparison(1.01), comparison(0.31), "fails"),
+    ],
+)
+def test_prefix_caching(no_hits, shared, verdict):
+    s5, k1, k2 = kv_cache_monitor.claims(CHECKED, [no_hits, shared], FITS)
+    assert s5.verdict == verdict and (k1.verdict, k2.verdict) == ("holds", "holds")
+
+
+@pytest.mark.parametrize("missing", ["evictions", "preemptions", "checked"])
+def test_what_was_not_seen_is_not_claimed(missing):
+    rows = [CHECKED[0] | {missing: 0}]
+    _, k1, k2 = kv_cache_monitor.claims(rows, [comparison(1.0), comparison(0.1)], [{"fit": 3}, {"fit": 3}])
+    assert (k1.verdict, k2.verdict) == ("fails", "fails")
+
+
+def test_bytes():
+    rows = bytes_rows(Model("p", "tiny-llama", SHAPES["tiny-llama"]))
+    llama = next(row for row in rows if row["model"] == "llama-3-8b" and row["dtype"] == "bfloat16")
+    assert llama["kb_per_token"] == pytest.approx(2 * 32 * 8 * 128 * 2 / 1e3)  # 131 kB, as published
+    assert llama["gb_at_4k"] == pytest.approx(4096 * llama["kb_per_token"] / 1e6)
+
+
+# ---- the command line ----
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (["--watch", "http://127.0.0.1:9"], 1, "no metrics from http://127.0.0.1:9"),
+        (["--seconds", "0"], 2, "must be above 0"),
+        (["--model", "/does/not/exist"], 1, "no model '/does/not/exist'"),
+        (["--dummy-weights", "gpt-9"], 1, "no shape 'gpt-9'"),
+        (["--device", "cuda"], 1, "no GPU found"),
+    ],
+)
+def test_bad_input_is_one_line(flags, status, message):
+    if "cuda" in flags and detect().device == "cuda":
+        pytest.skip("there is a GPU")
+    done = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == status and message in done.stderr
+    assert status == 2 or (done.stderr.startswith("error: ") and done.stderr.count("\n") == 1)
+
+
+@pytest.mark.slow
+def test_the_script_agrees_with_the_real_engine(tmp_path):
+    """Every comparison with the engine's metrics is made by the script itself, and a difference is an error."""
+    command = [
+        sys.executable,
+        SCRIPT,
+        "--quick",
+        "--json",
+        str(tmp_path / "kv.json"),
+        "--plot",
+        str(tmp_path / "kv.png"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    tables = json.loads((tmp_path / "kv.json").read_text())["tables"]
+    unrelated, shared, overload = tables["workloads"]["rows"]
+    assert unrelated["hit_percent"] == 0 and unrelated["checked"] == unrelated["steps"]
+    assert shared["hit_percent"] > 80 and shared["checked"] == shared["steps"]
+    assert overload["evictions"] > 0 and overload["preemptions"] > 0 and overload["checked"] > 0
+    reserved, paged = tables["fits"]["rows"]
+    assert paged["fit"] > 10 * reserved["fit"]
+    assert (tmp_path / "kv.png").read_bytes().startswith(b"\x89PNG")

@@ -20,7 +20,7 @@ demo: install ## generate code with vLLM, measure it, check claims S1 to S4
 serve: install ## the production server on port 8000 (ARGS="--port 9000 ...")
 	@$(PY) ch16/inference_serving.py --serve $(ARGS)
 
-test: install ## all tests (about 10 minutes on 2 cores)
+test: install ## all tests (about 13 minutes on 2 cores)
 	@$(PY) -m pytest $(ARGS)
 
 test-quick: install ## the tests that start no engine

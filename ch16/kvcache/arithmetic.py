@@ -57,6 +57,9 @@ def kv_shape(config: Mapping[str, object], cache_dtype: str = "auto") -> KVShape
     window = config.get("sliding_window") or 0
     if not window or config.get("use_sliding_window") is False:
         return KVShape(layers * each)
-    kinds = config.get("layer_types") or ["sliding_attention"] * layers
+    kinds = config.get("layer_types")
+    if kinds is None and (config.get("max_window_layers") or config.get("sliding_window_pattern")):
+        raise CannotRun("this model's config.json does not list which layers have a sliding window (layer_types)")
+    kinds = kinds or ["sliding_attention"] * layers
     sliding = sum(kind == "sliding_attention" for kind in kinds)
     return KVShape((layers - sliding) * each, sliding * each, window if sliding else 0)

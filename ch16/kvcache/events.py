@@ -49,7 +49,7 @@ def parse(payload: bytes) -> list[Event]:
     try:
         _, events, *_ = msgspec.msgpack.decode(payload)
         return [event for raw in events if (event := _event(raw)) is not None]
-    except (msgspec.DecodeError, TypeError, KeyError, ValueError) as error:
+    except (msgspec.DecodeError, AttributeError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"not a batch of KV cache events: {error}") from None
 
 
@@ -79,6 +79,7 @@ class EventStream:
     def __init__(self, endpoint: str, replay_endpoint: str | None = None, topic: str = "") -> None:
         self.lost = self.replayed = 0
         self._next = 0  # the sequence number that should come next
+        self._last = -1  # the one that came last, replays apart
         self._replay_endpoint = replay_endpoint
         self._context = zmq.Context.instance()
         self._socket = self._context.socket(zmq.SUB)
@@ -97,19 +98,27 @@ class EventStream:
         """Events that have arrived; waits for the first of them at most `timeout_s`.
 
         Raises:
-            CannotRun: somebody publishes something else there.
+            CannotRun: somebody publishes something else there, or the engine was started anew.
         """
         wait_ms = int(1000 * timeout_s)
         while self._socket.poll(wait_ms):
             wait_ms = 0
             frames = self._socket.recv_multipart()
+            if len(frames) < 2:
+                raise CannotRun("not a batch of KV cache events: a message of one frame")
             yield from self._batch(int.from_bytes(frames[-2], "big", signed=True), frames[-1])
 
     def catch_up(self, timeout_s: float = 1.0) -> Iterator[Event]:
-        """Batches that were published before the subscription, or lost at the end: ask for all that did not come."""
+        """Batches that were published before the subscription, or lost at the end: ask for all that did not come.
+
+        Without a replay endpoint, or if it does not answer, there are none.
+        """
         yield from self._replay_until(None, timeout_s)
 
     def _batch(self, number: int, payload: bytes) -> Iterator[Event]:
+        if number <= self._last:
+            raise CannotRun(f"KV cache events start over at batch {number}: the engine was started anew")
+        self._last = number
         if number > self._next:
             yield from self._replay_until(number)
             self.lost += number - self._next
@@ -126,7 +135,7 @@ class EventStream:
             socket.connect(self._replay_endpoint)
             socket.send_multipart((b"", self._next.to_bytes(8, "big")))
             while socket.poll(int(1000 * timeout_s)):
-                _, number_bytes, payload = socket.recv_multipart()
+                *_, number_bytes, payload = socket.recv_multipart()  # newer versions put the topic before
                 number = int.from_bytes(number_bytes, "big", signed=True)
                 if number == END_OF_REPLAY:
                     return

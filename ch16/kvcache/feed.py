@@ -35,8 +35,8 @@ class Monitor(Protocol):
 class CachedBlocks:
     """Blocks with findable content, from events. The same content may lie in several blocks: each is counted."""
 
-    def __init__(self, monitor: Monitor, block_bytes: int) -> None:
-        self._monitor, self._bytes = monitor, block_bytes
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
         self._copies: Counter[int | bytes] = Counter()
 
     def __len__(self) -> int:
@@ -49,20 +49,14 @@ class CachedBlocks:
             CannotRun: a block was removed that was never stored.
         """
         if isinstance(event, Stored):
-            for name in event.hashes:
-                self._monitor.record_allocation(self._bytes, (name, self._copies[name]))
-                self._copies[name] += 1
+            self._copies.update(event.hashes)
         elif isinstance(event, Removed):
             for name in event.hashes:
                 if self._copies[name] == 0:
                     raise CannotRun(f"the engine removed block {name!r}, which it never stored: events were lost")
                 self._copies[name] -= 1
-                self._monitor.record_free(block=(name, self._copies[name]))
                 self._monitor.record_eviction()
         elif isinstance(event, Cleared):
-            for name, copies in self._copies.items():
-                for copy in range(copies):
-                    self._monitor.record_free(block=(name, copy))
             self._copies.clear()
 
 
@@ -73,10 +67,10 @@ class _Running:
 
 
 class HeldBlocks:
-    """Blocks that running requests hold, from their tokens alone."""
+    """Blocks that running requests hold, from their tokens alone: what the monitor calls usage."""
 
-    def __init__(self, block_size: int) -> None:
-        self._size = block_size
+    def __init__(self, monitor: Monitor, block_size: int, block_bytes: int) -> None:
+        self._monitor, self._size, self._bytes = monitor, block_size, block_bytes
         self._holders: Counter[object] = Counter()
         self._running: dict[str, _Running] = {}
 
@@ -97,6 +91,8 @@ class HeldBlocks:
                 if end <= cached_tokens or content not in self._holders:
                     name = content
             known.blocks.append(name)
+            if name not in self._holders:
+                self._monitor.record_allocation(self._bytes, name)
             self._holders[name] += 1
 
     def finish(self, request: str) -> None:
@@ -105,6 +101,7 @@ class HeldBlocks:
             self._holders[name] -= 1
             if not self._holders[name]:
                 del self._holders[name]
+                self._monitor.record_free(block=name)
 
 
 @dataclass(frozen=True)
@@ -134,12 +131,14 @@ class EngineFeed:
         self.llm, self.monitor, self.stream = llm, monitor, stream
         config = llm.llm_engine.vllm_config.cache_config
         self.block_size, self.total_blocks = config.block_size, config.num_gpu_blocks - 1  # one is never given out
-        self.cached, self.held = CachedBlocks(monitor, block_bytes), HeldBlocks(self.block_size)
+        self.cached, self.held = CachedBlocks(monitor), HeldBlocks(monitor, self.block_size, block_bytes)
+        self._block_bytes = block_bytes
         self.samples: list[Sample] = []
         self.checked_steps = self.steps = self.peak_running = 0
         self._started = time.perf_counter()
         self._hits = self._queries = 0  # tokens, by the requests' own account
         self._first = self.metrics()
+        self._verified, self._waited = (0, 0, self._first), False  # hits, queries and metrics at the last verify
 
     def metrics(self) -> dict[str, float]:
         """The engine's gauges and counters, by name without its prefix."""
@@ -164,7 +163,9 @@ class EngineFeed:
             engine.add_request(name, {"prompt_token_ids": list(prompt)}, sampling)
             unfinished[name] = prompt
         while engine.has_unfinished_requests():
+            shown = set()
             for output in engine.step():
+                shown.add(output.request_id)
                 name, prompt = output.request_id, unfinished[output.request_id]
                 if name not in first:
                     first[name] = time.perf_counter() - sent
@@ -173,7 +174,7 @@ class EngineFeed:
                 if output.finished:
                     self.held.finish(name)
                     del unfinished[name]
-            self._after_step(unfinished, first)
+            self._after_step(all_shown=shown >= set(unfinished))
         return list(first.values())
 
     def _count(self, prompt: Sequence[int], cached: int) -> None:
@@ -182,19 +183,21 @@ class EngineFeed:
         self.monitor.record_hit(cached)
         self.monitor.record_miss(len(prompt) - cached)
 
-    def _after_step(self, unfinished: dict[str, object], first: dict[str, float]) -> None:
+    def _after_step(self, all_shown: bool) -> None:
         self.steps += 1
+        self._waited |= not all_shown
         for event in self.stream.poll():
             self.cached.apply(event)
         now = self.metrics()
         used = round(now["kv_cache_usage_perc"] * self.total_blocks)
         running = int(now["num_requests_running"])
         self.peak_running = max(self.peak_running, running)
-        # A request that waits, was preempted, or has read only a part of its prompt shows no tokens to count.
-        if running == len(unfinished) and all(name in first for name in unfinished):
+        # A request that waits, was preempted, or has read only a part of its prompt shows no token in this step.
+        if all_shown:
             self.checked_steps += 1
-            if used != len(self.held):
-                raise CannotRun(f"step {self.steps}: {len(self.held)} blocks by the requests, {used} by the engine")
+            ours = self.monitor.stats["current_usage"] // self._block_bytes
+            if used != ours:
+                raise CannotRun(f"step {self.steps}: {ours} blocks in use by the monitor, {used} by the engine")
         self.samples.append(
             Sample(
                 time.perf_counter() - self._started, used, len(self.cached), self._hits, self._queries - self._hits,
@@ -207,28 +210,46 @@ class EngineFeed:
         """Blocks that lost their content so far."""
         return self.monitor.stats["evictions"]
 
-    def verify(self) -> dict[str, int]:
-        """Compare all totals; counts of what was compared.
+    def verify_events(self) -> None:
+        """Wait until all events have come, and compare the blocks with content.
+
+        Raises:
+            CannotRun: events are missing, or the engine counts other blocks.
+        """
+        arrived = True
+        while arrived:  # the publisher is a thread of its own: until it has been quiet for a moment
+            arrived = [self.cached.apply(event) for event in self.stream.poll(0.3)]
+        for event in self.stream.catch_up():  # a batch lost at the end leaves no gap
+            self.cached.apply(event)
+        if self.stream.lost:
+            raise CannotRun(f"{self.stream.lost} batches of KV cache events were lost and could not be replayed")
+        blocks = blocks_with_content(self.llm)
+        if blocks is not None and blocks != len(self.cached):
+            raise CannotRun(f"blocks with content: {len(self.cached):,} by the monitor, {blocks:,} by the engine")
+
+    def verify(self) -> bool:
+        """Compare everything since the last time; whether hits could be compared, too.
+
+        Older versions of vLLM look a waiting request up again in every step and count each time; where requests waited,
+        their larger counts are not comparable.
 
         Raises:
             CannotRun: something differs, or events are missing.
         """
-        for event in self.stream.poll(0.3):  # the publisher is a thread of its own
-            self.cached.apply(event)
-        if self.stream.lost:
-            raise CannotRun(f"{self.stream.lost} batches of KV cache events were lost and could not be replayed")
-        now = self.metrics()
+        self.verify_events()
+        hits, queries, before = self._verified
+        now, waited = self.metrics(), self._waited
+        self._verified, self._waited = (self._hits, self._queries, now), False
         pairs = {
-            "prefix cache queries": (self._queries, now["prefix_cache_queries"] - self._first["prefix_cache_queries"]),
-            "prefix cache hits": (self._hits, now["prefix_cache_hits"] - self._first["prefix_cache_hits"]),
+            "queries": (self._queries - queries, now["prefix_cache_queries"] - before["prefix_cache_queries"]),
+            "hits": (self._hits - hits, now["prefix_cache_hits"] - before["prefix_cache_hits"]),
         }
-        blocks = blocks_with_content(self.llm)
-        if blocks is not None:
-            pairs["blocks with content"] = (len(self.cached), blocks)
+        if waited and pairs["queries"][1] > pairs["queries"][0]:
+            return False
         for what, (ours, theirs) in pairs.items():
             if ours != theirs:
-                raise CannotRun(f"{what}: {ours:,} by the monitor, {theirs:,.0f} by the engine")
-        return {what: ours for what, (ours, _) in pairs.items()}
+                raise CannotRun(f"prefix cache {what}: {ours:,} by the monitor, {theirs:,.0f} by the engine")
+        return True
 
 
 class Follower:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ch16.kvcache.feed import EngineFeed, Sample
+from common.cli import CannotRun
 from common.load import random_prompts, send_wave
+from common.timing import percentile
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -50,7 +52,7 @@ def run_workloads(feed: EngineFeed, sizes: Sizes, vocab_size: int, seed: int) ->
         for prompts, tokens_out in waves:
             feed.run(prompts, tokens_out)
         seconds = time.perf_counter() - begun
-        feed.verify()
+        hits_checked = feed.verify()
         seen, after = feed.samples[first:], feed.monitor.stats
         hits, misses = (after[key] - before[key] for key in ("cache_hits", "cache_misses"))
         peak = max(sample.held_blocks for sample in seen)
@@ -66,6 +68,7 @@ def run_workloads(feed: EngineFeed, sizes: Sizes, vocab_size: int, seed: int) ->
                 "evictions": after["evictions"] - before["evictions"],
                 "preemptions": seen[-1].preemptions - started.preemptions,
                 "peak_running": max(sample.running for sample in seen),
+                "hits_checked": "yes" if hits_checked else "no",
                 "checked": feed.checked_steps - checked,
                 "steps": feed.steps - steps,
             }
@@ -79,14 +82,17 @@ def fits_rows(feed: EngineFeed, sizes: Sizes, vocab_size: int, seed: int) -> lis
     reserved = -(-sizes.max_len // sizes.block_size)
     each = 2  # a prompt of one block, and one block of answer
     prompts = random_prompts(feed.total_blocks // each, sizes.block_size, vocab_size, seed + 9)
-    feed.peak_running = 0
+    first, preemptions = len(feed.samples), feed.metrics()["num_preemptions"]
     feed.run(prompts, tokens_out)
     feed.verify()
+    if feed.metrics()["num_preemptions"] > preemptions:
+        raise CannotRun(f"{len(prompts)} requests of {each} blocks should fit into {feed.total_blocks}, and did not")
+    fit = max(sample.held_blocks for sample in feed.samples[first:]) // each
     return [
         {"how": f"reserved: {sizes.max_len:,} tokens", "blocks": reserved, "fit": feed.total_blocks // reserved,
          "source": "computed: blocks / blocks each"},
-        {"how": f"paged: {sizes.block_size} tokens in, {tokens_out} out", "blocks": each, "fit": feed.peak_running,
-         "source": "measured: most running at once"},
+        {"how": f"paged: {sizes.block_size} tokens in, {tokens_out} out", "blocks": each, "fit": fit,
+         "source": "measured: most blocks held / blocks each, none preempted"},
     ]  # fmt: skip
 
 
@@ -100,14 +106,14 @@ def compare(
         order = (variant, base) if i % 2 == 0 else (base, variant)
         found = {work: work(i) for work in order}
         pairs.append((found[variant], found[base]))
-    ratios = sorted(a / b for a, b in pairs)
-    quarter = len(ratios) // 4
+    ratios = [a / b for a, b in pairs]
+    middle = percentile(ratios, 50)
     return {
         "what": what,
         "variant": statistics.median(a for a, _ in pairs),
         "base": statistics.median(b for _, b in pairs),
-        "ratio": statistics.median(ratios),
-        "spread_percent": 100 * (ratios[-1 - quarter] - ratios[quarter]),
+        "ratio": middle,
+        "spread_percent": 100 * (percentile(ratios, 75) - percentile(ratios, 25)) / middle,
     }
 
 
@@ -118,7 +124,7 @@ def throughput(
     tokens_out = sizes.block_size
 
     def measure(round_: int) -> float:
-        prompts = random_prompts(sizes.requests, sizes.block_size, vocab_size, seed + 100 + round_)
+        prompts = random_prompts(sizes.requests, 2 * sizes.block_size, vocab_size, seed + 100 + round_)
         started = time.perf_counter()
         run(prompts, tokens_out)
         return sizes.requests * tokens_out / (time.perf_counter() - started)

@@ -43,6 +43,8 @@ def test_a_longer_sequence_never_takes_less(tokens, config):
 
 
 def test_errors():
+    with pytest.raises(CannotRun, match="does not list which layers"):
+        kv_shape(WINDOW | {"max_window_layers": 2})
     with pytest.raises(CannotRun, match="unknown KV cache type 'int3'"):
         kv_shape(WINDOW, "int3")
     with pytest.raises(CannotRun, match="has no 'num_hidden_layers'"):

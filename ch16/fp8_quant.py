@@ -27,7 +27,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-import psutil
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -40,7 +39,7 @@ from ch16.fp8.sizes import Sizes
 from ch16.fp8.stack import MEMORY_COLUMNS, STACK_COLUMNS, measure_stack
 from common import cli, fp8, models
 from common.cli import CannotRun
-from common.gpu import Machine, detect
+from common.gpu import Machine, detect, free_bytes
 from common.plots import draw, save_plot
 from common.results import Column, Report, Verdict, judge, not_applicable
 from common.text import load_model, read_text
@@ -263,7 +262,7 @@ def check_memory(machine: Machine, sizes: Sizes, model: models.Model) -> None:
     stack = 1.5 * sizes.bf16_weight_bytes + widest
     reading = 3 * (models.parameter_count(model.config) or 0) + sizes.batch * sizes.window * 8192
     needed = max(stack, product, reading)
-    free = psutil.virtual_memory().available if machine.device == "cpu" else torch.cuda.mem_get_info()[0]
+    free = free_bytes(machine)
     if needed > free:
         raise CannotRun(
             f"about {needed / 2**30:.0f} GiB of memory are needed and {free / 2**30:.0f} GiB are free; "

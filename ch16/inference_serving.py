@@ -182,7 +182,10 @@ def measure_load(llm: "LLM", model: Model, machine: Machine, sizes: Sizes, seed:
         total = concurrency * sizes.tokens_out
         progress = tqdm(total=total, unit="tok", desc=f"{concurrency} at once", leave=False, disable=None)
         with progress, UtilizationSampler(machine, ranks) as gpu:
-            sent, arrived = send_wave(llm, prompts, sizes.tokens_out, progress.update)
+            sent, arrived = send_wave(
+                llm, prompts, sizes.tokens_out,
+                lambda outputs: progress.update(sum(len(output.outputs[0].token_ids) for output in outputs)),
+            )  # fmt: skip
         return summarise(sent, arrived, ranks) | {"utilization": gpu.mean}
 
     ranks = llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
@@ -252,7 +255,7 @@ def demo(args: argparse.Namespace) -> int:
     quiet()
     ranks = args.tensor_parallel or 1
     prepare_environment(machine, ranks, in_process=ranks == 1)
-    model = models.dummy(args.dummy_weights) if args.dummy_weights else models.resolve(args.model, machine)
+    model = models.chosen(args, machine)
     sizes = sizes_for(machine, args.quick)
     precisions = ["none", "fp8"] if args.compare_bf16 else [args.quantization]
     settings = [
@@ -308,7 +311,7 @@ def serve(args: argparse.Namespace, vllm_flags: Sequence[str]) -> int:
     """vLLM's OpenAI-compatible server with the chapter's settings, in our layer (`ch16/serving`)."""
     machine = detect(args.device)
     prepare_environment(machine, args.tensor_parallel or 1)
-    model = models.dummy(args.dummy_weights) if args.dummy_weights else models.resolve(args.model, machine)
+    model = models.chosen(args, machine)
     settings = engine_args(
         model, machine, quantization=args.quantization, tensor_parallel=args.tensor_parallel,
         max_num_seqs=args.max_num_seqs,
@@ -349,10 +352,7 @@ def main() -> int:
     mode.add_argument("--demo", action="store_true", help="completions, load, claims (also without any flag)")
     mode.add_argument("--serve", action="store_true", help="the HTTP server; flags not listed here go to vLLM's")
     engine = parser.add_argument_group("engine")
-    engine.add_argument(
-        "--dummy-weights", metavar="SHAPE",
-        help=f"random weights, for speed alone: a folder with a config.json, or {', '.join(models.SHAPES)}",
-    )  # fmt: skip
+    models.dummy_weights_flag(engine)
     engine.add_argument(
         "--quantization", choices=("auto", "fp8", "none"), default="auto", help="auto: FP8 where the GPU computes it"
     )

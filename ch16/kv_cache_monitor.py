@@ -35,7 +35,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from ch16.kvcache.arithmetic import kv_shape
 from ch16.kvcache.events import EventStream
-from ch16.kvcache.feed import EngineFeed, Follower, Sample
+from ch16.kvcache.feed import EngineFeed, Sample
 from ch16.kvcache.watch import watch
 from ch16.kvcache.workloads import Sizes, compare, first_token_ms, fits_rows, run_workloads, throughput
 from common import cli, models
@@ -341,10 +341,7 @@ def monitored_engine(settings: dict[str, object], folder: str) -> tuple["LLM", E
 def main() -> int:
     """Run the workloads and print the claims, or watch a server."""
     parser = cli.standard_parser(__doc__, model_help="auto, bundled, a folder, or a hub id")
-    parser.add_argument(
-        "--dummy-weights", metavar="SHAPE",
-        help=f"random weights, for speed alone: a folder with a config.json, or {', '.join(SHAPES)}",
-    )  # fmt: skip
+    models.dummy_weights_flag(parser)
     parser.add_argument("--watch", metavar="URL", help="only show the KV cache of a running vLLM server")
     parser.add_argument(
         "--seconds", type=cli.positive_float, metavar="S", help="--watch: for how long; default: Ctrl-C"
@@ -357,7 +354,7 @@ def main() -> int:
     machine = detect(args.device)
     quiet()
     prepare_environment(machine, in_process=True)
-    model = models.dummy(args.dummy_weights) if args.dummy_weights else models.resolve(args.model, machine)
+    model = models.chosen(args, machine)
     return measure(args, machine, model)
 
 
@@ -415,12 +412,11 @@ def measure(args: argparse.Namespace, machine: Machine, model: Model) -> int:
         def driven(engine: "LLM") -> Callable:
             return throughput(lambda prompts, out: send_wave(engine, prompts, out), sizes, vocab, args.seed)
 
-        follow = Follower(feed)
         comparisons = [
             compare("prefix caching, no hits: output tok/s", driven(plain), driven(without), sizes.rounds),
             compare("prefix caching, common prefix: TTFT ms", first_token_ms(plain, sizes, vocab, args.seed),
                     first_token_ms(without, sizes, vocab, args.seed), sizes.rounds),
-            compare("events and monitor: output tok/s", throughput(follow.wave, sizes, vocab, args.seed),
+            compare("events and monitor: output tok/s", throughput(feed.follow_wave, sizes, vocab, args.seed),
                     driven(plain), sizes.rounds),
         ]  # fmt: skip
         feed.verify_events()

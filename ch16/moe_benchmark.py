@@ -191,7 +191,6 @@ def benchmark_moe(preset: Preset, experts: Experts, tokens: int, machine: Machin
     """
     x = torch.randn(tokens, preset.hidden, device=machine.device, dtype=torch.bfloat16)
     routing = make_routing("uniform", tokens, preset.experts, preset.top_k, seed, machine.device)
-    check_input(x, routing, preset.sizes)
     paths = {name: path for name, path in PATHS.items() if name != "fp8" or machine.native_fp8}
     theirs, why_not = vllm_path(experts)
     if theirs:
@@ -325,10 +324,16 @@ def sizes_from(args: argparse.Namespace, machine: Machine) -> Sizes:
     return sizes
 
 
-def whole_preset(args: argparse.Namespace, machine: Machine) -> Preset | None:
-    """The model to plan for: --preset, else the largest that runs here with room for its KV cache."""
+def whole_preset(args: argparse.Namespace, machine: Machine) -> Preset:
+    """The model to plan for: --preset, else the largest that runs here with room for its KV cache.
+
+    Raises:
+        CannotRun: of --preset only a layer is known.
+    """
     if args.preset:
-        return PRESETS[args.preset] if PRESETS[args.preset].layers else None
+        if not PRESETS[args.preset].layers:
+            raise CannotRun(f"of {args.preset} only the layer of experts is known here")
+        return PRESETS[args.preset]
     for name in ("qwen3-30b-a3b", "olmoe-1b-7b") if machine.device == "cuda" else ():
         if 2 * PRESETS[name].parameters <= 0.8 * machine.memory_bytes:
             return PRESETS[name]
@@ -409,11 +414,8 @@ def main_alone(args: argparse.Namespace, machine: Machine, sizes: Sizes) -> int:
     title = f"What routing costs, {routed.name}, grouped; all but trained routing is simulated"
     report.table("routing", title, patterns, PATTERN_COLUMNS)
 
-    preset = whole_preset(args, machine)
     try:
-        if preset is None:
-            raise CannotRun(f"of {args.preset} only the layer of experts is known here")
-        checked, why = measure_capacity(preset, args, report, machine, sizes)
+        checked, why = measure_capacity(whole_preset(args, machine), args, report, machine, sizes)
     except CannotRun as error:  # what was measured so far is not lost
         checked, why = [], str(error)
     report.claims(

@@ -1,6 +1,6 @@
 """What is this machine: devices, memory, what it computes natively, and its physical limits.
 
-Nothing here creates a CUDA context or imports torch: GPUs are read through NVML, so a script can look
+Nothing here but `free_bytes` creates a CUDA context or imports torch: GPUs are read through NVML, so a script can look
 first and start vLLM (which wants an untouched process) afterwards.
 """
 
@@ -130,6 +130,16 @@ def _gpus() -> list[Machine]:
             peak=PEAKS.get(name, Peak()),
         )
     ]
+
+
+def free_bytes(machine: Machine) -> int:
+    """Memory that can be allocated now: RAM, or the current GPU's (which creates a CUDA context, unlike the rest)."""
+    if machine.device == "cpu":
+        return psutil.virtual_memory().available
+    import torch
+
+    torch.cuda.empty_cache()  # what was freed before, and torch keeps, is free, too
+    return torch.cuda.mem_get_info()[0]
 
 
 def has_fp8_units(capability: tuple[int, int]) -> bool:

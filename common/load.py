@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from common.timing import percentile
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, RequestOutput
 
 
 def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
@@ -22,9 +22,12 @@ def send_wave(
     llm: "LLM",
     prompts: Sequence[Sequence[int]],
     tokens_out: int,
-    on_token: Callable[[int], object] = lambda n: None,
+    on_step: Callable[[Sequence["RequestOutput"]], object] = lambda outputs: None,
 ) -> tuple[list[float], list[list[float]]]:
     """Send all prompts at once; drive the engine step by step until each has `tokens_out` tokens.
+
+    Args:
+        on_step: called after each step with its outputs: the i-th prompt is request "i", with its new tokens.
 
     Returns:
         When each request was sent and when each of its tokens arrived: seconds, [N] and [N][tokens_out].
@@ -44,9 +47,8 @@ def send_wave(
         outputs = engine.step()
         now = time.perf_counter()
         for output in outputs:
-            new = len(output.outputs[0].token_ids)
-            arrived[int(output.request_id)].extend([now] * new)
-            on_token(new)
+            arrived[int(output.request_id)].extend([now] * len(output.outputs[0].token_ids))
+        on_step(outputs)
     return sent, arrived
 
 

@@ -7,6 +7,7 @@ unless a hub id is asked for by name: `auto` takes a hub model only if it was do
 `python3 -m common.models` converts the bundled model; `make install` does that once.
 """
 
+import argparse
 import importlib.util
 import json
 import os
@@ -209,6 +210,23 @@ def dummy(name: str) -> Model:
     if not (folder / "config.json").is_file():
         raise CannotRun(f"no shape '{name}': neither a folder with a config.json nor one of {', '.join(SHAPES)}")
     return Model(path=str(folder), name=folder.resolve().name, config=_read_config(folder), dummy=True)
+
+
+def dummy_weights_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag of scripts that also run on random weights; see `chosen`."""
+    parser.add_argument(
+        "--dummy-weights", metavar="SHAPE",
+        help=f"random weights, for speed alone: a folder with a config.json, or {', '.join(SHAPES)}",
+    )  # fmt: skip
+
+
+def chosen(args: argparse.Namespace, machine: Machine) -> Model:
+    """The model that `--dummy-weights`, else `--model`, means on this machine.
+
+    Raises:
+        CannotRun: as `dummy` and `resolve`.
+    """
+    return dummy(args.dummy_weights) if args.dummy_weights else resolve(args.model, machine)
 
 
 def bundled() -> Model:

@@ -29,6 +29,21 @@ def load_model(model: Model, device: str) -> tuple[nn.Module, object]:
     return network.to(device).eval().requires_grad_(False), tokenizer
 
 
+def token_windows(text: str, tokenizer: object, count: int, length: int, purpose: str = "") -> torch.Tensor:
+    """The text's first token ids as windows [count, length].
+
+    Args:
+        purpose: what the tokens are for, as the error should say it: " to score 50,000".
+
+    Raises:
+        CannotRun: the text is too short.
+    """
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    if len(ids) < count * length:
+        raise CannotRun(f"the text has {len(ids):,} tokens; {count * length:,} are needed{purpose}")
+    return ids[: count * length].view(count, length)
+
+
 def read_text(path: str | None) -> tuple[str, str]:
     """The text to read and where it is from: a file, or the language reference that ships with Python.
 

@@ -22,6 +22,11 @@ def percentile(values: Sequence[float], q: float) -> float:
     return float(np.percentile(values, q))
 
 
+def relative_spread(values: Sequence[float]) -> float:
+    """Interquartile range over the median: a difference smaller than this is noise."""
+    return (percentile(values, 75) - percentile(values, 25)) / percentile(values, 50)
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds of each repeat of one piece of work."""
@@ -35,8 +40,8 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """Interquartile range over the median: a difference smaller than this is noise."""
-        return (percentile(self.seconds, 75) - percentile(self.seconds, 25)) / self.median
+        """As `relative_spread`."""
+        return relative_spread(self.seconds)
 
 
 def measure(work: Callable[[], object], device: str = "cpu", warmup: int = 3, repeats: int = 10) -> Timing:

@@ -12,6 +12,7 @@ import pytest
 
 from common import results
 from common.gpu import detect
+from tests.ranks import TORCHRUN
 from tests.servers import Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +29,7 @@ def commands():
 
 
 COMMANDS = list(dict.fromkeys((tuple(words), gpu) for words, gpu in commands()))
-STARTERS = {"python3": (), "torchrun": ("-m", "torch.distributed.run", "--standalone")}
+STARTERS = {"python3": (sys.executable,), "torchrun": TORCHRUN}
 SCRIPTS = [(c, gpu) for c, gpu in COMMANDS if c[0] in STARTERS and not {"--serve", "--watch"} & set(c)]
 # In their --quick form several commands are the same one: it runs once.
 QUICK = dict.fromkeys(((*c, *(() if "--quick" in c else ("--quick",))), gpu) for c, gpu in SCRIPTS)
@@ -49,7 +50,7 @@ def test_every_command_is_of_a_kind_that_is_run_here():
 )
 def test_script(command, gpu):
     """In its --quick form; a command for GPUs says in one line on a CPU why it cannot run."""
-    done = run([sys.executable, *STARTERS[command[0]], *command[1:]])
+    done = run([*STARTERS[command[0]], *command[1:]])
     if gpu and detect().device == "cpu":
         assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     else:

@@ -16,6 +16,7 @@ from ch16.fp8.precision import Precision, calibrate, filled, held_bytes, load_qu
 from ch16.fp8.sizes import Sizes
 from common.cli import CannotRun
 from common.results import Column
+from common.text import token_windows
 
 BF16_ENDS = (1, 2, 4)  # so many first and last blocks are left in BF16
 CALIBRATION_TOKENS = 8_000  # not scored: delayed scaling sees four windows of them, tuning reads them all
@@ -31,10 +32,7 @@ def windows_of(text: str, tokenizer: object, length: int, tokens: int) -> torch.
         CannotRun: the text is too short.
     """
     count = math.ceil(tokens / (length - 1)) + _kept_back(length)
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
-    if len(ids) < count * length:
-        raise CannotRun(f"the text has {len(ids):,} tokens; scoring {tokens:,} takes {count * length:,}")
-    return ids[: count * length].view(count, length)
+    return token_windows(text, tokenizer, count, length, f" to score {tokens:,}")
 
 
 def _kept_back(length: int) -> int:

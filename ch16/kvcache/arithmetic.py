@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from common.cli import CannotRun
+from common.models import kv_bytes_per_token
 
 BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 
@@ -49,11 +50,9 @@ def kv_shape(config: Mapping[str, object], cache_dtype: str = "auto") -> KVShape
         layers, size = int(config["num_hidden_layers"]), BYTES[cache_dtype]
         if config.get("kv_lora_rank"):
             return KVShape(layers * (config["kv_lora_rank"] + config["qk_rope_head_dim"]) * size)
-        heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        each = kv_bytes_per_token(config, size) // layers
     except KeyError as error:
         raise CannotRun(f"this model's config.json has no {error}") from None
-    each = 2 * heads * head_dim * size
     window = config.get("sliding_window") or 0
     if not window or config.get("use_sliding_window") is False:
         return KVShape(layers * each)

@@ -17,7 +17,7 @@ from common.cli import CannotRun
 from common.load import send_wave
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, RequestOutput
 
 
 class Monitor(Protocol):
@@ -134,15 +134,23 @@ class EngineFeed:
         self.cached, self.held = CachedBlocks(monitor), HeldBlocks(monitor, self.block_size, block_bytes)
         self._block_bytes = block_bytes
         self.samples: list[Sample] = []
-        self.checked_steps = self.steps = self.peak_running = 0
+        self.checked_steps = self.steps = 0
         self._started = time.perf_counter()
-        self._hits = self._queries = 0  # tokens, by the requests' own account
         self._first = self.metrics()
-        self._verified, self._waited = (0, 0, self._first), False  # hits, queries and metrics at the last verify
+        self._verified, self._waited = self._lookups(), False  # at the last verify; whether a request waited since
 
     def metrics(self) -> dict[str, float]:
         """The engine's gauges and counters, by name without its prefix."""
         return {m.name.removeprefix("vllm:"): m.value for m in self.llm.get_metrics() if hasattr(m, "value")}
+
+    def _lookups(self) -> dict[str, tuple[float, float]]:
+        """Tokens looked up and found so far: by the monitor, and by the engine."""
+        stats, engine = self.monitor.stats, self.metrics()
+        hits = stats["cache_hits"]
+        return {
+            "queries": (hits + stats["cache_misses"], engine["prefix_cache_queries"]),
+            "hits": (hits, engine["prefix_cache_hits"]),
+        }
 
     def run(self, prompts: Sequence[Sequence[int]], tokens_out: int) -> list[float]:
         """All prompts at once, `tokens_out` tokens each, with every check that a step allows.
@@ -153,62 +161,59 @@ class EngineFeed:
         Raises:
             CannotRun: the monitor and the engine disagree.
         """
-        from vllm import SamplingParams
+        tokens = [0] * len(prompts)
 
-        engine, unfinished, first = self.llm.llm_engine, {}, {}
-        sampling = SamplingParams(temperature=1.0, max_tokens=tokens_out, ignore_eos=True)
-        sent = time.perf_counter()
-        for i, prompt in enumerate(prompts):
-            name = f"{self.steps}-{i}"
-            engine.add_request(name, {"prompt_token_ids": list(prompt)}, sampling)
-            unfinished[name] = prompt
-        while engine.has_unfinished_requests():
-            shown = set()
-            for output in engine.step():
-                shown.add(output.request_id)
-                name, prompt = output.request_id, unfinished[output.request_id]
-                if name not in first:
-                    first[name] = time.perf_counter() - sent
-                    self._count(prompt, output.num_cached_tokens or 0)
-                self.held.progress(name, prompt, len(output.outputs[0].token_ids), output.num_cached_tokens or 0)
+        def after_step(outputs: Sequence["RequestOutput"]) -> None:
+            for output in outputs:
+                i = int(output.request_id)
+                if tokens[i] == 0:
+                    self._count(prompts[i], output.num_cached_tokens or 0)
+                tokens[i] += len(output.outputs[0].token_ids)
+                self.held.progress(output.request_id, prompts[i], tokens[i], output.num_cached_tokens or 0)
                 if output.finished:
-                    self.held.finish(name)
-                    del unfinished[name]
-            self._after_step(all_shown=shown >= set(unfinished))
-        return list(first.values())
+                    self.held.finish(output.request_id)
+                    unfinished.remove(output.request_id)
+            self._after_step(all_shown=unfinished <= {output.request_id for output in outputs})
+
+        unfinished = {str(i) for i in range(len(prompts))}
+        sent, arrived = send_wave(self.llm, prompts, tokens_out, after_step)
+        return [times[0] - start for start, times in zip(sent, arrived, strict=True)]
+
+    def follow_wave(self, prompts: Sequence[Sequence[int]], tokens_out: int) -> None:
+        """Send a wave as production would run it: nothing is compared, and events are followed after it."""
+        send_wave(self.llm, prompts, tokens_out)
+        self._follow_events()
+
+    def _follow_events(self, timeout_s: float = 0.0) -> int:
+        """Apply the events that have arrived; how many. Waits for the first of them at most `timeout_s`."""
+        count = 0
+        for count, event in enumerate(self.stream.poll(timeout_s), start=1):  # noqa: B007 (the last count)
+            self.cached.apply(event)
+        return count
 
     def _count(self, prompt: Sequence[int], cached: int) -> None:
-        self._queries += len(prompt)
-        self._hits += cached
         self.monitor.record_hit(cached)
         self.monitor.record_miss(len(prompt) - cached)
 
     def _after_step(self, all_shown: bool) -> None:
         self.steps += 1
         self._waited |= not all_shown
-        for event in self.stream.poll():
-            self.cached.apply(event)
-        now = self.metrics()
+        self._follow_events()
+        now, stats = self.metrics(), self.monitor.stats
         used = round(now["kv_cache_usage_perc"] * self.total_blocks)
-        running = int(now["num_requests_running"])
-        self.peak_running = max(self.peak_running, running)
         # A request that waits, was preempted, or has read only a part of its prompt shows no token in this step.
         if all_shown:
             self.checked_steps += 1
-            ours = self.monitor.stats["current_usage"] // self._block_bytes
+            ours = stats["current_usage"] // self._block_bytes
             if used != ours:
                 raise CannotRun(f"step {self.steps}: {ours} blocks in use by the monitor, {used} by the engine")
         self.samples.append(
             Sample(
-                time.perf_counter() - self._started, used, len(self.cached), self._hits, self._queries - self._hits,
-                self.evictions, int(now["num_preemptions"] - self._first["num_preemptions"]), running,
+                time.perf_counter() - self._started, used, len(self.cached), stats["cache_hits"], stats["cache_misses"],
+                stats["evictions"], int(now["num_preemptions"] - self._first["num_preemptions"]),
+                int(now["num_requests_running"]),
             )
         )  # fmt: skip
-
-    @property
-    def evictions(self) -> int:
-        """Blocks that lost their content so far."""
-        return self.monitor.stats["evictions"]
 
     def verify_events(self) -> None:
         """Wait until all events have come, and compare the blocks with content.
@@ -216,9 +221,8 @@ class EngineFeed:
         Raises:
             CannotRun: events are missing, or the engine counts other blocks.
         """
-        arrived = True
-        while arrived:  # the publisher is a thread of its own: until it has been quiet for a moment
-            arrived = [self.cached.apply(event) for event in self.stream.poll(0.3)]
+        while self._follow_events(0.3):  # the publisher is a thread of its own: until it has been quiet for a moment
+            pass
         for event in self.stream.catch_up():  # a batch lost at the end leaves no gap
             self.cached.apply(event)
         if self.stream.lost:
@@ -237,12 +241,11 @@ class EngineFeed:
             CannotRun: something differs, or events are missing.
         """
         self.verify_events()
-        hits, queries, before = self._verified
-        now, waited = self.metrics(), self._waited
-        self._verified, self._waited = (self._hits, self._queries, now), False
+        before, waited = self._verified, self._waited
+        self._verified, self._waited = self._lookups(), False
         pairs = {
-            "queries": (self._queries - queries, now["prefix_cache_queries"] - before["prefix_cache_queries"]),
-            "hits": (self._hits - hits, now["prefix_cache_hits"] - before["prefix_cache_hits"]),
+            what: tuple(after - earlier for after, earlier in zip(self._verified[what], before[what], strict=True))
+            for what in before
         }
         if waited and pairs["queries"][1] > pairs["queries"][0]:
             return False
@@ -250,19 +253,6 @@ class EngineFeed:
             if ours != theirs:
                 raise CannotRun(f"prefix cache {what}: {ours:,} by the monitor, {theirs:,.0f} by the engine")
         return True
-
-
-class Follower:
-    """The monitored engine as production would run it: driven as the others are, events applied after each wave."""
-
-    def __init__(self, feed: EngineFeed) -> None:
-        self._feed = feed
-
-    def wave(self, prompts: Sequence[Sequence[int]], tokens_out: int) -> None:
-        """Send a wave and follow its events."""
-        send_wave(self._feed.llm, prompts, tokens_out)
-        for event in self._feed.stream.poll():
-            self._feed.cached.apply(event)
 
 
 def blocks_with_content(llm: "LLM") -> int | None:

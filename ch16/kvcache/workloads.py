@@ -1,6 +1,5 @@
 """Workloads that fill a KV cache in different ways, and engines compared in turn."""
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING
 from ch16.kvcache.feed import EngineFeed, Sample
 from common.cli import CannotRun
 from common.load import random_prompts, send_wave
-from common.timing import percentile
+from common.timing import percentile, relative_spread
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -107,13 +106,12 @@ def compare(
         found = {work: work(i) for work in order}
         pairs.append((found[variant], found[base]))
     ratios = [a / b for a, b in pairs]
-    middle = percentile(ratios, 50)
     return {
         "what": what,
-        "variant": statistics.median(a for a, _ in pairs),
-        "base": statistics.median(b for _, b in pairs),
-        "ratio": middle,
-        "spread_percent": 100 * (percentile(ratios, 75) - percentile(ratios, 25)) / middle,
+        "variant": percentile([a for a, _ in pairs], 50),
+        "base": percentile([b for _, b in pairs], 50),
+        "ratio": percentile(ratios, 50),
+        "spread_percent": 100 * relative_spread(ratios),
     }
 
 

@@ -2,16 +2,17 @@
 
 import gc
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from ch16.moe.baseline import vllm_path
 from ch16.moe.decoder import DecoderLayer, sample, seconds_of
 from ch16.moe.experts import Dispatch, Experts, combine, grouped, sort_rows
-from ch16.moe.parallel import rank_part
+from ch16.moe.parallel import busiest_part
 from ch16.moe.planner import Link, Parts, Workload, fits, memory_per_rank, predict
 from ch16.moe.presets import Preset
-from ch16.moe.routing import expert_load, make_routing, rank_load
+from ch16.moe.routing import make_routing
 from common import models
 from common.cli import CannotRun, first_line
 from common.engine import engine_args, start_engine, stop_engine
@@ -55,7 +56,7 @@ class Capacity:
     def __init__(self, preset: Preset, device: str, link: Link, repeats: int, seed: int) -> None:
         self.preset, self.device, self.link, self.repeats, self.seed = preset, device, link, repeats, seed
         self.experts = Experts.random(preset.sizes, device)
-        path, self.why_not_vllm = vllm_path(self.experts)
+        path, _ = vllm_path(self.experts)
         self.path: Dispatch = path or grouped  # the engine is predicted best by its own kernel
         self.path_name = "vLLM's fused experts" if path else "the grouped path"
         self.embedding = torch.randn(preset.vocab, preset.hidden, device=device, dtype=torch.bfloat16) * 0.02
@@ -66,12 +67,11 @@ class Capacity:
         if phase == "prefill":
             sequences = workload.prefill_sequences(ranks)
             x = self._random(sequences, min(workload.tokens_in, workload.chunk), p.hidden)
-            attention: Callable[[], torch.Tensor] = lambda: layer.prefill_attention(x)  # noqa: E731
+            attention = partial(layer.prefill_attention, x)
         else:
             sequences = workload.rank_sequences(ranks)
             x = self._random(sequences, p.hidden)
-            cache = layer.cache(sequences, workload.context)
-            attention = lambda: layer.decode_attention(x, cache)  # noqa: E731
+            attention = partial(layer.decode_attention, x, layer.cache(sequences, workload.context))
         flat = x.view(-1, p.hidden)
         experts = self._experts_work(layer, flat, ranks)
         repeats = self.repeats if phase == "decode" else max(3, self.repeats // 4)
@@ -88,8 +88,7 @@ class Capacity:
         if ranks == 1:
             return lambda hidden: layer.apply_experts(hidden, layer.choose(hidden))
         routing = make_routing("uniform", len(x) * ranks, p.experts, p.top_k, self.seed, self.device)
-        busiest = int(rank_load(expert_load(routing, p.experts), ranks).argmax())
-        tokens, local = rank_part(routing, p.experts, busiest, ranks)
+        _, tokens, local = busiest_part(routing, p.experts, ranks)
         rows = self._random(len(tokens), p.hidden)
         shard = self.experts.part(0, p.experts // ranks)
         home = make_routing("uniform", len(x), p.experts, p.top_k, self.seed, self.device)

@@ -165,8 +165,7 @@ def grouped(x: torch.Tensor, experts: Experts, routing: Routing) -> torch.Tensor
 
         return kernels.grouped(x, experts, routing)
     places, ends = sort_rows(routing.experts, experts.sizes.experts)
-    rows = x.new_empty(places.numel(), x.shape[1])
-    rows[places.flatten()] = x.repeat_interleave(routing.top_k, dim=0)
+    rows = arrange(x, places)
     compute_sorted(rows, experts, ends)
     return combine(rows, places, routing.weights)
 
@@ -196,6 +195,13 @@ def sort_rows(experts: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Te
     places = torch.empty_like(order)
     places[order] = torch.arange(order.numel(), device=order.device)
     return places.view(experts.shape), torch.bincount(experts.flatten(), minlength=count).cumsum(0)
+
+
+def arrange(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Tokens x [T, H] copied to the places [T, K] of their rows: [R, H]."""
+    rows = x.new_empty(places.numel(), x.shape[1])
+    rows[places.flatten()] = x.repeat_interleave(places.shape[1], dim=0)
+    return rows
 
 
 def compute_sorted(rows: torch.Tensor, experts: Experts, ends: torch.Tensor) -> None:

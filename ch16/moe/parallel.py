@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ch16.moe.experts import Dispatch, Experts, Routing, combine, grouped, sort_rows
-from ch16.moe.routing import require_divisible
+from ch16.moe.experts import Dispatch, Experts, Routing, arrange, combine, grouped, sort_rows
+from ch16.moe.routing import expert_load, rank_load, require_divisible
 from common.distributed import Ranks
 
 
@@ -48,7 +48,7 @@ class ExpertParallel:
     def __call__(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Send rows to their experts, compute, bring them back, combine: [T, H] to the same shape."""
         exchange = self.agree(routing)
-        arrived = self.send(self.arrange(x, exchange), exchange)
+        arrived = self.send(arrange(x, exchange.places), exchange)
         rows = self.back(self.compute(arrived, exchange), exchange)
         return combine(rows, exchange.places, routing.weights)
 
@@ -64,12 +64,6 @@ class ExpertParallel:
         return Exchange(
             places, counts.view(world, here).sum(1).tolist(), arriving.view(world, here).sum(1).tolist(), local
         )
-
-    def arrange(self, x: torch.Tensor, exchange: Exchange) -> torch.Tensor:
-        """Tokens x [T, H] as rows [T x K, H], sorted by expert."""
-        rows = x.new_empty(exchange.places.numel(), x.shape[1])
-        rows[exchange.places.flatten()] = x.repeat_interleave(exchange.places.shape[1], dim=0)
-        return rows
 
     def send(self, rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
         """Sorted rows to the ranks of their experts: the rows that arrive here."""
@@ -97,6 +91,12 @@ def rank_part(routing: Routing, experts: int, rank: int, ranks: int) -> tuple[to
     return tokens, Routing(chosen[:, None], torch.ones(len(tokens), 1, device=tokens.device))
 
 
+def busiest_part(routing: Routing, experts: int, ranks: int) -> tuple[int, torch.Tensor, Routing]:
+    """The rank with most rows, and its part as `rank_part` gives it."""
+    busiest = int(rank_load(expert_load(routing, experts), ranks).argmax())
+    return busiest, *rank_part(routing, experts, busiest, ranks)
+
+
 @torch.no_grad()
 def measure_parallel(
     layer: ExpertParallel, cases: Mapping[str, tuple[torch.Tensor, Routing]], repeats: int
@@ -115,7 +115,7 @@ def measure_parallel(
     works = {}
     for name, (x, routing) in cases.items():
         exchange = layer.agree(routing)
-        rows = layer.arrange(x, exchange)
+        rows = arrange(x, exchange.places)
         arrived = layer.send(rows, exchange)
         computed = layer.compute(arrived, exchange)
         works[name, "step"] = lambda x=x, routing=routing: layer(x, routing)

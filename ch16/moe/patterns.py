@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ch16.moe.experts import Experts, Routing, grouped
-from ch16.moe.parallel import rank_part
+from ch16.moe.parallel import busiest_part
 from ch16.moe.routing import CAPACITY_FACTOR, expert_load, load_balance, rank_load
 from common.gpu import Machine
 from common.plots import draw, save_plot
@@ -47,9 +47,8 @@ def measure_patterns(
     for name, routing in routings.items():
         works[name] = lambda routing=routing: grouped(x, experts, routing)
         if ranks > 1:
-            busiest = int(rank_load(loads[name], ranks).argmax())
             here = count // ranks
-            tokens, local = rank_part(routing, count, busiest, ranks)
+            busiest, tokens, local = busiest_part(routing, count, ranks)
             rows, shard = x[tokens], experts.part(busiest * here, here)
             works[name, "rank"] = lambda rows=rows, shard=shard, local=local: grouped(rows, shard, local)
     if machine.device == "cuda":

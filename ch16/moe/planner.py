@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 from ch16.moe.presets import Preset
 from common.cli import CannotRun
+from common.engine import GPU_MEMORY_UTILIZATION
 from common.gpu import Machine
 
-USABLE_MEMORY = 0.90  # as vLLM's gpu_memory_utilization: the rest is for CUDA graphs, NCCL and activations
 BYTES = 2  # of a weight or a key: bfloat16
 
 
@@ -119,7 +119,7 @@ def memory_per_rank(preset: Preset, workload: Workload, ranks: int) -> dict[str,
 
 def fits(memory: dict[str, float], available: float) -> bool:
     """Whether a rank's weights and KV cache fit into a GPU of `available` bytes."""
-    return sum(memory.values()) <= USABLE_MEMORY * available
+    return sum(memory.values()) <= GPU_MEMORY_UTILIZATION * available
 
 
 def gpus_needed(rows: Sequence[dict], target: float) -> int | None:

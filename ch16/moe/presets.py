@@ -3,12 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import psutil
-import torch
-
 from ch16.moe.experts import ExpertSizes
 from common.cli import CannotRun
-from common.gpu import Machine
+from common.gpu import Machine, free_bytes
 from common.models import SHAPES
 
 
@@ -109,11 +106,7 @@ def require_memory(
     weights = copies * 2 * preset.experts * preset.sizes.parameters
     rows = 2 * tokens * preset.top_k * (2 * preset.hidden + preset.sizes.rows_in + preset.intermediate) * contenders
     rows += more
-    if machine.device == "cpu":
-        free = psutil.virtual_memory().available
-    else:
-        torch.cuda.empty_cache()  # what earlier layers left behind is free, too
-        free = torch.cuda.mem_get_info()[0]
+    free = free_bytes(machine)
     if weights + rows > 0.95 * free:
         raise CannotRun(
             f"{preset.name} needs {weights / 2**30:.1f} GiB for its weights and {rows / 2**30:.1f} GiB for the rest, "

@@ -9,7 +9,7 @@ from common.cli import CannotRun, first_line
 from common.gpu import Machine
 from common.models import Model
 from common.results import Column
-from common.text import load_model
+from common.text import load_model, token_windows
 
 WINDOW = 256  # tokens read at a time
 
@@ -54,12 +54,10 @@ def read_with(model: Model, text: str, tokens: int, top_k: int, machine: Machine
     network, tokenizer = load_model(model, machine.device)
     length = min(WINDOW, tokens)
     count = -(-tokens // length)
-    ids = tokenizer(text[: 40 * count * length], return_tensors="pt", verbose=False)["input_ids"][0]
-    if len(ids) < count * length:
-        raise CannotRun(f"the text has {len(ids):,} tokens; {count * length:,} are needed")
+    ids = token_windows(text[: 40 * count * length], tokenizer, count, length)  # no need to tokenize a whole book
     if ids.max() >= network.config.vocab_size:
         raise CannotRun(f"the tokenizer of {model.name} gives ids that the model does not know")
-    layers = trained_routing(network, ids[: count * length].view(count, length).to(machine.device), top_k)
+    layers = trained_routing(network, ids.to(machine.device), top_k)
     return [Routing(layer.experts[:tokens], layer.weights[:tokens]) for layer in layers]
 
 

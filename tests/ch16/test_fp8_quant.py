@@ -12,6 +12,7 @@ from ch16.fp8.precision import bf16, load_quantized, recipes
 from ch16.fp8.sizes import Sizes
 from ch16.fp8.stack import measure_stack
 from ch16.fp8_quant import FP8TransformerBlock, FP8TransformerModel
+from common import gpu
 from common.cli import CannotRun
 from common.gpu import Machine
 from common.models import SHAPES, Model
@@ -183,7 +184,7 @@ def test_bad_input_is_one_line_before_any_work(flags, status, message, monkeypat
 
 def test_memory_that_is_not_there(monkeypatch):
     model = Model("p", "deepseek-coder-33b", SHAPES["deepseek-coder-33b"])
-    monkeypatch.setattr(fp8_quant.psutil, "virtual_memory", lambda: type("", (), {"available": 8 << 30}))
+    monkeypatch.setattr(gpu.psutil, "virtual_memory", lambda: type("", (), {"available": 8 << 30}))
     with pytest.raises(CannotRun, match=r"GiB of memory are needed and 8 GiB are free"):
         fp8_quant.check_memory(CPU, SMALL, model)
     fp8_quant.check_memory(CPU, SMALL, Model("p", "tiny-llama", SHAPES["tiny-llama"]))

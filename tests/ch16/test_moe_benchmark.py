@@ -15,6 +15,7 @@ from ch16.moe.experts import Experts, reference, route
 from ch16.moe_benchmark import CHAPTER, SyntheticMoELayer, benchmark_moe, sizes_for
 from common.cli import CannotRun
 from common.gpu import Peak, detect
+from tests.ranks import torchrun
 
 CPU = detect("cpu")
 
@@ -167,13 +168,10 @@ def launch(*arguments):
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, check=False)
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
-
-
 @pytest.mark.slow
 def test_experts_spread_over_processes(tmp_path):
     flags = ("--quick", "--device", "cpu", "--tokens", "8,64", "--hidden-size", "64")
-    done = launch(*TORCHRUN, "4", moe_benchmark.__file__, *flags, "--json", str(tmp_path / "ranks.json"))
+    done = torchrun(4, moe_benchmark.__file__, *flags, "--json", str(tmp_path / "ranks.json"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Claims of the chapter") == 1
     rows = json.loads((tmp_path / "ranks.json").read_text())["tables"]["ranks"]["rows"]
@@ -182,7 +180,7 @@ def test_experts_spread_over_processes(tmp_path):
 
 @pytest.mark.slow
 def test_experts_that_do_not_divide():
-    done = launch(*TORCHRUN, "3", moe_benchmark.__file__, "--quick", "--device", "cpu")
+    done = torchrun(3, moe_benchmark.__file__, "--quick", "--device", "cpu")
     assert done.returncode != 0 and done.stderr.count("error: 64 experts do not divide by 3 ranks") == 1
     assert "ch16/moe" not in done.stderr.replace("ch16/moe_benchmark.py", "")  # no traceback of ours
 

@@ -4,25 +4,22 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import torchrun
+
 WORKER = str(Path(__file__).with_name("distributed_worker.py"))
-
-
-def launch(ranks, device, *args):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), WORKER]
-    return subprocess.run([*command, device, *args], capture_output=True, text=True, timeout=240, check=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_gloo_ranks_meet_and_part(ranks):
-    done = launch(ranks, "cpu")
+    done = torchrun(ranks, WORKER, "cpu")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == [f"{ranks} ranks sum {ranks * (ranks + 1) // 2} on cpu"]
 
 
 @pytest.mark.slow
 def test_one_failing_rank_ends_all():
-    done = launch(2, "cpu", "fail")
+    done = torchrun(2, WORKER, "cpu", "fail")
     assert done.returncode != 0 and "rank 1 gives up" in done.stderr
 
 
@@ -36,7 +33,7 @@ def test_nccl_one_rank_a_gpu():
     import torch
 
     ranks = torch.cuda.device_count()
-    done = launch(ranks, "cuda")
+    done = torchrun(ranks, WORKER, "cuda")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == [f"{ranks} ranks sum {ranks * (ranks + 1) // 2} on cuda"]
 
@@ -45,5 +42,5 @@ def test_nccl_one_rank_a_gpu():
 def test_more_ranks_than_gpus():
     import torch
 
-    done = launch(torch.cuda.device_count() + 1, "cuda")
+    done = torchrun(torch.cuda.device_count() + 1, WORKER, "cuda")
     assert done.returncode != 0 and "has no GPU" in done.stderr

@@ -102,7 +102,7 @@ class OneRequestEngine:
         self.left, self.tokens = self.left - 1, self.tokens + 1
         if self.tokens == 1:
             self.figures = {"queries": 6, "hits": 0}
-        out = [SimpleNamespace(token_ids=[0] * self.tokens)]
+        out = [SimpleNamespace(token_ids=[0])]
         return [SimpleNamespace(request_id=self.name, outputs=out, num_cached_tokens=0, finished=self.left == 0)]
 
     def get_metrics(self):

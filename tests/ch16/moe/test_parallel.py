@@ -1,7 +1,5 @@
 """Expert parallelism: N processes give what one gives, also where ranks get nothing."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,26 +11,22 @@ from ch16.moe.experts import Experts, ExpertSizes, Routing, grouped
 from ch16.moe.parallel import rank_part
 from ch16.moe.routing import PATTERNS, make_routing
 from common.cli import CannotRun
+from tests.ranks import torchrun
 
 WORKER = str(Path(__file__).with_name("parallel_worker.py"))
-
-
-def launch(ranks, device):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), WORKER]
-    return subprocess.run([*command, device], capture_output=True, text=True, timeout=240, check=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_many_processes_equal_one(ranks):
-    done = launch(ranks, "cpu")
+    done = torchrun(ranks, WORKER, "cpu")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines() == [f"{ranks} ranks equal one in 10 cases, and in time"]
 
 
 @pytest.mark.gpu
 def test_on_gpus():
-    done = launch(torch.cuda.device_count(), "cuda")
+    done = torchrun(torch.cuda.device_count(), WORKER, "cuda")
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -2,8 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ch16.moe import presets
 from ch16.moe.presets import PRESETS, from_config, require_memory, those_that_fit
+from common import gpu
 from common.cli import CannotRun
 from common.gpu import detect
 from common.models import SHAPES, parameter_count
@@ -34,7 +34,7 @@ def test_a_dense_model_is_none():
 
 def test_memory_that_is_not_there(monkeypatch):
     machine = detect("cpu")
-    monkeypatch.setattr(presets.psutil, "virtual_memory", lambda: SimpleNamespace(available=30 << 30))
+    monkeypatch.setattr(gpu.psutil, "virtual_memory", lambda: SimpleNamespace(available=30 << 30))
     with pytest.raises(CannotRun, match=r"deepseek-v3 needs 42\.0 GiB for its weights .* and 30\.0 GiB are free"):
         require_memory(PRESETS["deepseek-v3"], 64, machine, copies=2)
     require_memory(PRESETS["deepseek-v3"], 64, machine)
@@ -47,7 +47,7 @@ def test_memory_that_is_not_there(monkeypatch):
 
 def test_those_that_fit(monkeypatch):
     machine, small, large = detect("cpu"), PRESETS["small-moe"], PRESETS["deepseek-v3"]
-    monkeypatch.setattr(presets.psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 30))
+    monkeypatch.setattr(gpu.psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 30))
     fitting, others = those_that_fit([small, large], 64, machine)
     assert fitting == [small] and len(others) == 1 and others[0].startswith("deepseek-v3 needs")
     with pytest.raises(CannotRun, match="deepseek-v3 needs"):

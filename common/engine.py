@@ -61,6 +61,7 @@ def quiet() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of torch.profiler
     os.environ.setdefault("TORCH_LOGS", "-all")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the processes that vLLM starts
     for category in (FutureWarning, UserWarning, DeprecationWarning):

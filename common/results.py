@@ -135,8 +135,12 @@ class Report:
 
     def table(self, name: str, title: str, rows: Sequence[Mapping[str, object]], columns: Sequence[Column]) -> None:
         """Print a table under its title, and keep it for the JSON under `name`."""
-        self.tables[name] = {"title": title, "columns": [asdict(c) for c in columns], "rows": list(rows)}
+        self.keep(name, title, rows, columns)
         print(f"\n{title}\n{textwrap.indent(format_table(rows, columns), '  ')}", flush=True)
+
+    def keep(self, name: str, title: str, rows: Sequence[Mapping[str, object]], columns: Sequence[Column]) -> None:
+        """Keep a table for the JSON under `name`, without printing it."""
+        self.tables[name] = {"title": title, "columns": [asdict(c) for c in columns], "rows": list(rows)}
 
     def claims(self, verdicts: Sequence[Verdict]) -> None:
         """Print each claim with its measurement and verdict, and keep them."""

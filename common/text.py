@@ -11,19 +11,29 @@ from common.models import Model
 
 
 def load_model(model: Model, device: str) -> tuple[nn.Module, object]:
-    """The model in BF16 on a device, ready to score, and its tokenizer.
+    """The model in BF16 on a device, ready to score, and its tokenizer (None with random weights).
+
+    Args:
+        device: where it goes; "meta" for its structure alone, without weights.
 
     Raises:
         CannotRun: transformers cannot load it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
+        if model.dummy or device == "meta":
+            config = AutoConfig.from_pretrained(model.path)
+            with torch.device(device):  # made where it is used: billions of random numbers take a CPU minutes
+                network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            return network.eval().requires_grad_(False), None
         tokenizer = AutoTokenizer.from_pretrained(model.path)
         network = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.bfloat16)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # transformers and safetensors have a dozen; each says in its first line what is wrong
         raise CannotRun(f"cannot load '{model.name}': {first_line(error)}") from None
     return network.to(device).eval().requires_grad_(False), tokenizer

@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Blocks of the cache, tokens of a block, requests together, the longest sequence, rounds of each comparison."""
+    """Tokens, blocks and requests of the workloads, and rounds of each comparison."""
 
-    blocks: int
-    block_size: int
-    requests: int
-    max_len: int
-    prefix: int
+    blocks: int  # of the cache
+    block_size: int  # tokens
+    requests: int  # at once
+    max_len: int  # tokens of the longest sequence
+    prefix: int  # tokens that prompts have in common
+    answer: int  # tokens out where throughput is compared: long enough for a wave to take a second
+    sharing: int  # requests that ask with the common prefix at once, without it in the cache, too
     rounds: int
 
 
@@ -119,24 +121,26 @@ def throughput(
     run: Callable[[Sequence[Sequence[int]], int], object], sizes: Sizes, vocab_size: int, seed: int
 ) -> Callable:
     """Output tokens/s of a wave of unrelated prompts, other ones in each round."""
-    tokens_out = sizes.block_size
 
     def measure(round_: int) -> float:
         prompts = random_prompts(sizes.requests, 2 * sizes.block_size, vocab_size, seed + 100 + round_)
         started = time.perf_counter()
-        run(prompts, tokens_out)
-        return sizes.requests * tokens_out / (time.perf_counter() - started)
+        run(prompts, sizes.answer)
+        return sizes.requests * sizes.answer / (time.perf_counter() - started)
 
     return measure
 
 
-def first_token_ms(llm: "LLM", sizes: Sizes, vocab_size: int, seed: int) -> Callable[[int], float]:
-    """Milliseconds to the first token of a request with a prefix that every round shares; the warm-up brings it in."""
+def first_token_ms(llm: "LLM", sizes: Sizes, vocab_size: int, seed: int, requests: int) -> Callable[[int], float]:
+    """Median milliseconds to the first token of `requests` at once, with a prefix that every round shares.
+
+    The warm-up brings the prefix into the cache.
+    """
     (prefix,) = random_prompts(1, sizes.prefix, vocab_size, seed + 1)
 
     def measure(round_: int) -> float:
-        (tail,) = random_prompts(1, sizes.block_size, vocab_size, seed + 200 + round_)
-        sent, arrived = send_wave(llm, [prefix + tail], 2)
-        return 1e3 * (arrived[0][0] - sent[0])
+        tails = random_prompts(requests, sizes.block_size, vocab_size, seed + 1000 * requests + round_)
+        sent, arrived = send_wave(llm, [prefix + tail for tail in tails], 2)
+        return 1e3 * percentile([tokens[0] - start for start, tokens in zip(sent, arrived, strict=True)], 50)
 
     return measure

@@ -175,7 +175,7 @@ FITS = [{"fit": 1}, {"fit": 39}]
 
 
 def comparison(ratio, spread=0.5):
-    return {"ratio": ratio, "spread_percent": spread}
+    return {"ratio": ratio, "spread_percent": spread, "requests": 8}
 
 
 @pytest.mark.parametrize(
@@ -191,14 +191,14 @@ def comparison(ratio, spread=0.5):
     ],
 )
 def test_prefix_caching(no_hits, shared, verdict):
-    s5, k1, k2 = kv_cache_monitor.claims(CHECKED, [no_hits, shared], FITS)
+    s5, k1, k2 = kv_cache_monitor.claims(CHECKED, no_hits, [comparison(0.5), shared], FITS)
     assert s5.verdict == verdict and (k1.verdict, k2.verdict) == ("holds", "holds")
 
 
 @pytest.mark.parametrize("missing", ["evictions", "preemptions", "checked"])
 def test_what_was_not_seen_is_not_claimed(missing):
     rows = [CHECKED[0] | {missing: 0}]
-    _, k1, k2 = kv_cache_monitor.claims(rows, [comparison(1.0), comparison(0.1)], [{"fit": 3}, {"fit": 3}])
+    _, k1, k2 = kv_cache_monitor.claims(rows, comparison(1.0), [comparison(0.1)], [{"fit": 3}, {"fit": 3}])
     assert (k1.verdict, k2.verdict) == ("fails", "fails")
 
 

@@ -1,0 +1,113 @@
+"""Work that is counted, not measured: FLOPs and bytes of a forward pass, and what the machine's limits make of them.
+
+The roofline model (Williams, Waterman and Patterson, "Roofline: an insightful visual performance model", 2009): work of
+F FLOPs on B bytes takes at least max(F / peak FLOP/s, B / peak bytes/s).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from common.cli import CannotRun
+from common.gpu import Machine
+from common.models import kv_bytes_per_token
+from common.timing import measure
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs, and bytes that have to be read or written at least once."""
+
+    flops: float
+    bytes: float
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs a byte."""
+        return self.flops / self.bytes
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Numbers in the matrices of a dense decoder: those of its layers, and the head that makes logits."""
+
+    layers: int
+    head: int
+    itemsize: int = 2  # bytes of a number
+
+    @staticmethod
+    def of(network: nn.Module, name: str) -> "Weights":
+        """Count them in a transformers model (one on the meta device will do).
+
+        Raises:
+            CannotRun: most weights are in no linear layer, as those of a mixture of experts: not all of them are used.
+        """
+        head = network.get_output_embeddings().weight
+        layers = sum(m.weight.numel() for m in network.modules() if isinstance(m, nn.Linear) and m.weight is not head)
+        outside = {id(head), id(network.get_input_embeddings().weight)}
+        others = sum(p.numel() for p in network.parameters() if id(p) not in outside)
+        if layers < 0.95 * others:
+            raise CannotRun(f"the work of {name} cannot be counted: {layers:,} of {others:,} weights are linear layers")
+        return Weights(layers, head.numel(), head.element_size())
+
+
+def count(
+    weights: Weights, config: Mapping[str, object], tokens: int, context: int, logits: int, batch: int = 1
+) -> Work:
+    """Work of one forward pass over `tokens` new tokens of each of `batch` sequences after `context` earlier ones.
+
+    FLOPs: two a weight and token, and in attention two products of 2 * head_dim FLOPs a head for each key that a token
+    sees. Bytes: weights once, the keys and values of the context read and those of the tokens written. Activations
+    are left out: a fused kernel keeps them on the chip, so these bytes are a lower bound.
+
+    Args:
+        config: of the model, as in its config.json.
+        logits: tokens of each sequence whose logits are computed.
+    """
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    keys_seen = tokens * context + tokens * (tokens + 1) // 2
+    attention = 4 * config["num_hidden_layers"] * heads * head_dim * keys_seen
+    flops = batch * (2 * weights.layers * tokens + 2 * weights.head * logits + attention)
+    cache = batch * (context + tokens) * kv_bytes_per_token(config, weights.itemsize)
+    return Work(flops, (weights.layers + weights.head) * weights.itemsize + cache)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device can do at most: BF16 FLOP/s, bytes/s, and how that is known."""
+
+    flops_per_s: float
+    bytes_per_s: float
+    source: str
+
+    @property
+    def ridge(self) -> float:
+        """FLOPs a byte from which on computing, not memory, is the limit."""
+        return self.flops_per_s / self.bytes_per_s
+
+
+def limits_of(machine: Machine) -> Limits:
+    """The data sheet's limits; where none is known, those of a large product and a large sum measured now."""
+    peak = machine.peak
+    if peak.bf16_flops and peak.bytes_per_s:
+        return Limits(peak.bf16_flops, peak.bytes_per_s, "data sheet")
+    size, device = 2048, machine.device
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    many = torch.ones(2**26, device=device)  # 256 MiB: larger than caches
+    product = min(measure(lambda: a @ b, device, warmup=1, repeats=5).seconds)
+    summed = min(measure(many.sum, device, warmup=1, repeats=5).seconds)
+    source = f"measured now: a BF16 product of {size} by {size}, a sum of 256 MiB"
+    return Limits(2 * size**3 / product, many.nbytes / summed, source)
+
+
+def verdict(work: Work, limits: Limits, gap_share: float) -> str:
+    """ "launch-bound" where the device idles more than half of the time, else the limit that is reached first."""
+    if gap_share > 0.5:
+        return "launch-bound"
+    return "compute-bound" if work.intensity > limits.ridge else "memory-bound"

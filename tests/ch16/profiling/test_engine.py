@@ -1,0 +1,56 @@
+"""Steps of vLLM found in a trace; the whole way is tested with the script."""
+
+import pytest
+
+from ch16.profiling.engine import profile_engine, step_spans
+from ch16.profiling.trace import Event, Trace
+from common.cli import CannotRun
+
+PREFILL, DECODE = "execute_context_1(256)_generation_0(0)", "execute_context_0(0)_generation_1(1)"
+
+
+def steps(*names, shift=0.0):
+    return [Event(name, i + shift, i + shift + 0.5, 3) for i, name in enumerate(names)]
+
+
+def test_phases_go_from_start_to_start():
+    trace = Trace([], [], steps("other", PREFILL, DECODE, DECODE, DECODE), [], {})
+    assert step_spans(trace, 2) == {"prefill": Event("prefill", 1, 2, 3), "decode": Event("decode", 2, 4, 3)}
+
+
+def test_a_prompt_in_chunks_is_one_phase():
+    trace = Trace([], [], steps(PREFILL, PREFILL, DECODE, DECODE), [], {})
+    assert step_spans(trace, 1)["prefill"] == Event("prefill", 0, 2, 3)
+
+
+def test_the_device_counts_where_it_has_ranges():
+    names = (PREFILL, DECODE, DECODE)
+    trace = Trace([], [], steps(*names), steps(*names, shift=0.25), {})
+    assert step_spans(trace, 1)["prefill"].start == 0.25
+
+
+@pytest.mark.parametrize("names", [(), (PREFILL,), (DECODE, DECODE), (PREFILL, DECODE), (DECODE, PREFILL, DECODE)])
+def test_steps_that_are_missing(names):
+    with pytest.raises(CannotRun, match=r"prefill and then \d decode steps; 1 and 2 are needed"):
+        step_spans(Trace([], [], steps(*names), [], {}), 1)
+
+
+class BrokenEngine:
+    """Answers no request, and cannot profile."""
+
+    def start_profile(self):
+        raise RuntimeError("the worker died\ntraceback")
+
+
+def test_an_engine_that_cannot_profile_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("ch16.profiling.engine.send_wave", lambda llm, prompts, out: ([0.0], [[1.0] * out]))
+    with pytest.raises(CannotRun, match=r"^vLLM could not profile: the worker died$"):
+        profile_engine(BrokenEngine(), str(tmp_path), 1, 8, 2, 100, 0)
+
+
+def test_no_trace_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("ch16.profiling.engine.send_wave", lambda llm, prompts, out: ([0.0], [[1.0] * out]))
+    monkeypatch.setattr(BrokenEngine, "start_profile", lambda self: None)
+    monkeypatch.setattr(BrokenEngine, "stop_profile", lambda self: None, raising=False)
+    with pytest.raises(CannotRun, match="vLLM wrote 0 traces"):
+        profile_engine(BrokenEngine(), str(tmp_path), 1, 8, 2, 100, 0)

@@ -4,6 +4,7 @@ GPU work is asynchronous: a host clock around a kernel launch measures the launc
 from CUDA events around each call; on a CPU from `perf_counter`.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,14 @@ def percentile(values: Sequence[float], q: float) -> float:
 def relative_spread(values: Sequence[float]) -> float:
     """Interquartile range over the median: a difference smaller than this is noise."""
     return (percentile(values, 75) - percentile(values, 25)) / percentile(values, 50)
+
+
+def median_error(values: Sequence[float]) -> float:
+    """Standard error of the median over the median, for values that scatter about normally.
+
+    sigma = interquartile range / 1.349, and the median of n values is uncertain by sqrt(pi / 2) * sigma / sqrt(n).
+    """
+    return math.sqrt(math.pi / 2) * relative_spread(values) / 1.349 / math.sqrt(len(values))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ch16.kvcache.feed import EngineFeed, Sample
 from common.cli import CannotRun
 from common.load import random_prompts, send_wave
-from common.timing import percentile, relative_spread
+from common.timing import median_error, percentile
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -113,7 +113,7 @@ def compare(
         "variant": percentile([a for a, _ in pairs], 50),
         "base": percentile([b for _, b in pairs], 50),
         "ratio": percentile(ratios, 50),
-        "spread_percent": 100 * relative_spread(ratios),
+        "error_percent": 100 * median_error(ratios),
     }
 
 

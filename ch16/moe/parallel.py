@@ -127,7 +127,7 @@ def measure_parallel(
     device = layer.ranks.device
     rounds = [[_together(work, device) for work in works.values()] for _ in range(repeats)]
     levels = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    own = torch.tensor(rounds, dtype=torch.float64).quantile(levels, dim=0).to(device)  # [3, works]
+    own = torch.tensor(rounds, dtype=torch.float64).quantile(levels, dim=0).contiguous().to(device)  # [3, works]
     gathered = [torch.empty_like(own) for _ in range(layer.ranks.world_size)]
     dist.all_gather(gathered, own)
     low, median, high = torch.stack(gathered, dim=1)  # each [ranks, works]

@@ -158,7 +158,8 @@ def profiler_of(on_gpu: bool, **details: bool) -> profile:
 def run_phases(model: nn.Module, input_ids: torch.Tensor) -> dict[str, float]:
     """Prefill and ten decode steps with a KV cache; the wall time of each phase, until the device is done."""
     seconds: dict[str, float] = {}
-    model(input_ids, use_cache=True)  # memory is touched, the profiler's buffers are made: the first pass pays for that
+    with record_function("warm-up"):  # the first pass, the first range, the profiler's first events take longer
+        model(input_ids, use_cache=True)
     with phase("prefill", input_ids.device, seconds):
         outputs = model(input_ids, use_cache=True)
         next_token = outputs.logits[:, -1:].argmax(dim=-1)  # [B, 1]
@@ -258,6 +259,7 @@ def modes_rows(
             {"what": name, "step_ms": 1e3 * seconds / DECODE_STEPS, "tokens_per_s": batch * DECODE_STEPS / seconds,
              "over_eager": percentile([turn["eager"] / turn[name] for turn in turns], 50),
              "busy_ms": 1e3 * seconds * (1 - gaps) / DECODE_STEPS, "idle_percent": 100 * gaps,
+             "intensity": work.intensity, "tflop_per_s": work.flops / seconds / 1e12,
              "memory_percent": 100 * work.bytes / seconds / limits.bytes_per_s,
              "verdict": verdict(work, limits, gaps), "same": same, "prepare_s": took[name]}
         )  # fmt: skip
@@ -293,7 +295,7 @@ def claim(bounds: Sequence[dict]) -> Verdict:
 # ---- the script ----
 
 
-def plot(path: str, kinds: Sequence[dict], bounds: Sequence[dict], limits: Limits, memory: Mapping) -> None:
+def plot(path: str, kinds: Sequence[dict], points: Sequence[dict], limits: Limits, memory: Mapping) -> None:
     """Time by kind for each phase, the roofline with the measured points, and allocated memory over time."""
     figure, axes = draw(3 if memory else 2)
     bars, roofline = axes[:2]
@@ -307,11 +309,11 @@ def plot(path: str, kinds: Sequence[dict], bounds: Sequence[dict], limits: Limit
     bars.invert_yaxis()
     bars.set(title="where the time goes (profiled)", xlabel="% of the phase", xlim=(0, 100))
     bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize="small", frameon=False)
-    at = [row["intensity"] for row in bounds] + [limits.ridge]
+    at = [row["intensity"] for row in points] + [limits.ridge]
     x = [min(at) / 4, limits.ridge, max(at) * 4]
     roof = [min(limits.flops_per_s, limits.bytes_per_s * one) / 1e12 for one in x]
     roofline.loglog(x, roof, color="grey", label=f"limits ({limits.source.split(':')[0]})")
-    for row in bounds:
+    for row in points:
         roofline.loglog(row["intensity"], row["tflop_per_s"], "o", label=f"{row['what']}: {row['verdict']}")
     roofline.set(title="roofline", xlabel="FLOP/byte", ylabel="TFLOP/s")
     roofline.legend(fontsize="small")
@@ -408,7 +410,8 @@ def measure_torch(
     if not compiled:
         print(f"  not compiled: {no_compiler or 'left out by --quick or --no-compile'}")
     report.table("cost", "What the profiler costs, median of rounds", cost, COST_COLUMNS)
-    finish(args, report, kinds + mode_kinds, bounds, limits, profiled.trace.memory)
+    named = [row | {"what": f"decode, {row['what']}"} for row in modes]
+    finish(args, report, kinds + mode_kinds, bounds, limits, bounds + named, profiled.trace.memory)
 
 
 def prompts(model: Model, tokenizer: object, load: Load) -> torch.Tensor:
@@ -445,17 +448,17 @@ def measure_vllm(
     report.table("kinds", f"Time by kind of work in vLLM: {load.batch} x {load.prompt:,} tokens", kinds, KINDS_COLUMNS)
     report.table("bounds", f"Counted work against the limits ({limits.source})", bounds, BOUNDS_COLUMNS)
     report.table("cost", "What vLLM's profiler costs", cost, COST_COLUMNS)
-    finish(args, report, kinds, bounds, limits, {})
+    finish(args, report, kinds, bounds, limits, bounds, {})
 
 
 def finish(
-    args: argparse.Namespace, report: Report, kinds: list, bounds: list, limits: Limits, memory: Mapping
+    args: argparse.Namespace, report: Report, kinds: list, bounds: list, limits: Limits, points: list, memory: Mapping
 ) -> None:
-    """Claims, JSON and picture."""
+    """Claims, JSON and picture; `points` are the rows that go into the roofline."""
     report.claims([claim(bounds)])
     report.save(args.json)
     if args.plot:
-        plot(args.plot, kinds, bounds, limits, memory)
+        plot(args.plot, kinds, points, limits, memory)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 
 from ch16 import inference_profiling
 from ch16.inference_profiling import Profile, claim, cost_row, cost_rows, profile_inference, prompts
-from ch16.profiling.attribution import GAPS, KINDS
+from ch16.profiling.attribution import GAPS, KINDS, time_by_kind
 from ch16.profiling.tables import KIND_KEYS, Load, bounds_rows, gap_share, kinds_row, work_of_phases
 from ch16.profiling.trace import Event, Trace, read_trace
 from ch16.profiling.work import Limits, Weights
@@ -40,10 +40,10 @@ def test_profile_inference(network, tmp_path, capsys):
     assert any(event.get("args", {}).get("Input Dims") for event in events), "shapes are recorded"
     assert any(event["ph"] == "C" for event in events), "memory is a track"
     assert not any(event.get("cat") == "python_function" for event in events), "stacks only where asked"
-    parts = profiled.parts()
+    parts = {name: time_by_kind(profiled.trace, span) for name, span in profiled.spans.items()}
     for name, times in parts.items():
         assert set(times) == set(KINDS) and min(times.values()) >= 0
-        assert sum(times.values()) == pytest.approx(profiled.seconds[name], rel=0.02, abs=2e-4)
+        assert sum(times.values()) == pytest.approx(profiled.spans[name].seconds)
     assert parts["prefill"]["matrix products"] > 0 and parts["decode"]["attention"] > 0
 
 

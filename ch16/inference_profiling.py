@@ -45,10 +45,11 @@ from ch16.profiling.modes import (
     launch_modes,
     synchronise,
     why_not_compiled,
+    why_not_replayable,
 )
+from ch16.profiling.picture import plot
 from ch16.profiling.tables import (
     BOUNDS_COLUMNS,
-    KIND_KEYS,
     KINDS_COLUMNS,
     Load,
     bounds_rows,
@@ -57,14 +58,13 @@ from ch16.profiling.tables import (
     work_of_phases,
 )
 from ch16.profiling.trace import Event, Trace, add_memory_track, read_trace, save_plain
-from ch16.profiling.work import Limits, Weights, Work, limits_of, verdict
+from ch16.profiling.work import Limits, Weights, Work, limits_of, require_countable, verdict
 from common import cli, models
 from common.cli import CannotRun
 from common.engine import engine_args, prepare_environment, quiet, stop_engine
 from common.gpu import Machine, detect, free_bytes
-from common.models import Model
-from common.plots import draw, save_plot
-from common.results import Column, Report, Verdict, format_table, judge
+from common.models import Model, kv_bytes_per_token
+from common.results import Column, Report, Verdict, format_table, judge, not_applicable
 from common.text import load_model, read_text, token_windows
 from common.timing import percentile
 
@@ -73,6 +73,7 @@ from common.timing import percentile
 DECODE_STEPS = 10  # the chapter's
 TRACE = "inference_trace.json"
 SUM_TOLERANCE = 0.02  # by which the parts of a phase may differ from its wall time,
+NEAR_PERCENT = 5  # of a limit, that a phase has to reach for the limit to explain it
 RANGE_S = 2e-4  # beside the seconds that it takes to enter and leave a range
 
 
@@ -108,7 +109,9 @@ class Profile:
                 )
         inside = sum(times[kind] for times in parts.values() for kind in KINDS if kind != GAPS)
         begin = min(span.start for span in self.spans.values())
-        on_device = sum(kernel.seconds for kernel in self.trace.kernels if kernel.start >= begin)
+        ends = [kernel.end for kernel in self.trace.kernels if kernel.start >= begin]
+        whole = time_by_kind(self.trace, Event("all", begin, max(ends, default=begin)))
+        on_device = sum(whole.values()) - whole[GAPS] if ends else 0.0
         if on_device > (1 + SUM_TOLERANCE) * inside:
             raise CannotRun(f"the device worked {on_device:.4f} s, but only {inside:.4f} s are in the phases")
         return parts
@@ -192,7 +195,8 @@ MODES_COLUMNS = (
     Column("idle_percent", "launch gaps %", ".1f"),
     Column("memory_percent", "of memory limit %", ".1f"),
     Column("verdict", "verdict"),
-    Column("same", "tokens as eager", "d"),
+    Column("error_percent", "logits off by %", ".1f"),
+    Column("same", "choices as eager", "d"),
     Column("prepare_s", "to prepare s", ".1f"),
 )
 COST_COLUMNS = (
@@ -223,7 +227,7 @@ def cost_rows(model: nn.Module, input_ids: torch.Tensor, stacks: bool, rounds: i
     turn()  # warm up: kernels are chosen, allocators and the profiler's buffers made
     turns = [turn() for _ in range(rounds)]
     medians = {
-        name: {phase: percentile([one[name][phase] for one in turns], 50) for phase in ("prefill", "decode")}
+        name: {part: percentile([one[name][part] for one in turns], 50) for part in ("prefill", "decode")}
         for name in turns[0]
     }
     return [cost_row(name, took, medians["off"]) for name, took in medians.items()]
@@ -232,8 +236,8 @@ def cost_rows(model: nn.Module, input_ids: torch.Tensor, stacks: bool, rounds: i
 def cost_row(what: str, took: Mapping[str, float], off: Mapping[str, float]) -> dict:
     """A row of COST_COLUMNS from the seconds of both phases, and those without the profiler."""
     row: dict[str, object] = {"what": what}
-    for phase in ("prefill", "decode"):
-        row |= {f"{phase}_ms": 1e3 * took[phase], f"{phase}_ratio": took[phase] / off[phase]}
+    for name in ("prefill", "decode"):
+        row |= {f"{name}_ms": 1e3 * took[name], f"{name}_ratio": took[name] / off[name]}
     return row
 
 
@@ -244,12 +248,13 @@ def modes_rows(
     """Rows of MODES_COLUMNS and of KINDS_COLUMNS: the same steps in several ways, checked to agree."""
     device, batch = decoder.prompt.device, decoder.prompt.shape[0]
     modes, took = launch_modes(decoder, compiled)
-    expected = decoder.tokens(modes["eager"], DECODE_STEPS)
+    tokens, expected = decoder.logits_of(modes["eager"], DECODE_STEPS)
     turns = [{name: decoder.seconds(step, DECODE_STEPS) for name, step in modes.items()} for _ in range(rounds)]
     rows, kinds = [], []
     for name, step in modes.items():
         tolerance = COMPILED_ERROR if "compiled" in name else SAME_ERROR
-        same = check_same(name, decoder.tokens(step, DECODE_STEPS), expected, tolerance)
+        choices, logits = decoder.logits_of(step, DECODE_STEPS, given=tokens)
+        error = check_same(name, logits, expected, tolerance)
         seconds = percentile([turn[name] for turn in turns], 50)
         with tempfile.TemporaryDirectory() as folder:
             profiled = record(partial(run_steps, decoder, step), device.type == "cuda", f"{folder}/steps.json")
@@ -261,7 +266,8 @@ def modes_rows(
              "busy_ms": 1e3 * seconds * (1 - gaps) / DECODE_STEPS, "idle_percent": 100 * gaps,
              "intensity": work.intensity, "tflop_per_s": work.flops / seconds / 1e12,
              "memory_percent": 100 * work.bytes / seconds / limits.bytes_per_s,
-             "verdict": verdict(work, limits, gaps), "same": same, "prepare_s": took[name]}
+             "verdict": verdict(work, limits, gaps), "error_percent": 100 * error,
+             "same": int((choices == tokens).all(dim=0).sum()), "prepare_s": took[name]}
         )  # fmt: skip
         kinds.append(kinds_row(f"decode, {name}", parts, profiled.seconds["decode"]))
     return rows, kinds
@@ -283,47 +289,23 @@ def run_steps(decoder: Decoder, step: Callable[[], object]) -> dict[str, float]:
 def claim(bounds: Sequence[dict]) -> Verdict:
     """P1 from the verdicts of the prefill and the decode."""
     prefill, decode = bounds[0], bounds[1]
+    far = [
+        row["what"] for row in (prefill, decode)
+        if row["verdict"] != "launch-bound" and max(row["compute_percent"], row["memory_percent"]) < NEAR_PERCENT
+    ]  # fmt: skip
     text = "; ".join(
         f"{row['what']} is {row['verdict']}: {row['compute_percent']:.0f}% of the compute limit, "
         f"{row['memory_percent']:.0f}% of the memory limit, {row['idle_percent']:.0f}% launch gaps"
         for row in (prefill, decode)
     )
     expected = prefill["verdict"] == "compute-bound" and decode["verdict"] in ("memory-bound", "launch-bound")
+    if far:
+        reason = f"{' and '.join(far)} came near neither limit: the model or the prompt is too small to show one"
+        return not_applicable("P1", reason, text)
     return judge("P1", expected, text)
 
 
 # ---- the script ----
-
-
-def plot(path: str, kinds: Sequence[dict], points: Sequence[dict], limits: Limits, memory: Mapping) -> None:
-    """Time by kind for each phase, the roofline with the measured points, and allocated memory over time."""
-    figure, axes = draw(3 if memory else 2)
-    bars, roofline = axes[:2]
-    left = [0.0] * len(kinds)
-    for key, kind in zip(KIND_KEYS, KINDS, strict=True):
-        width = [row[key] for row in kinds]
-        bars.barh(
-            [row["what"] for row in kinds], width, left=left, label=kind, color="lightgrey" if kind == GAPS else None
-        )
-        left = [a + b for a, b in zip(left, width, strict=True)]
-    bars.invert_yaxis()
-    bars.set(title="where the time goes (profiled)", xlabel="% of the phase", xlim=(0, 100))
-    bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize="small", frameon=False)
-    at = [row["intensity"] for row in points] + [limits.ridge]
-    x = [min(at) / 4, limits.ridge, max(at) * 4]
-    roof = [min(limits.flops_per_s, limits.bytes_per_s * one) / 1e12 for one in x]
-    roofline.loglog(x, roof, color="grey", label=f"limits ({limits.source.split(':')[0]})")
-    for row in points:
-        roofline.loglog(row["intensity"], row["tflop_per_s"], "o", label=f"{row['what']}: {row['verdict']}")
-    roofline.set(title="roofline", xlabel="FLOP/byte", ylabel="TFLOP/s")
-    roofline.legend(fontsize="small")
-    for name, changes in memory.items():
-        start = changes[0][0]
-        axes[2].step([1e3 * (t - start) for t, _ in changes], [b / 1e6 for _, b in changes], where="post", label=name)
-    if memory:
-        axes[2].set(title="memory allocated", xlabel="ms", ylabel="MB", ylim=(0, None))
-        axes[2].legend()
-    save_plot(figure, path)
 
 
 def main() -> int:
@@ -336,15 +318,19 @@ def main() -> int:
         "--prompt-tokens", type=cli.positive_int, metavar="N",
         help="default: 256 on a CPU, 2048 on a GPU; with --quick 128 and 512",
     )  # fmt: skip
-    parser.add_argument("--trace", metavar="FILE.json", default=TRACE, help="where the trace goes")
+    parser.add_argument(
+        "--trace", type=cli.output_file, metavar="FILE.json", default=TRACE, help="where the trace goes"
+    )
     parser.add_argument("--stacks", action="store_true", help="record call stacks, too (slow)")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, as --quick on a CPU")
     args = parser.parse_args()
 
     machine = detect(args.device)
     quiet()
-    prepare_environment(machine, in_process=True)
+    if args.engine == "vllm":
+        prepare_environment(machine, in_process=True)
     model = models.chosen(args, machine)
+    require_countable(model)
     prompt = args.prompt_tokens or min(prompt_tokens_for(machine, args.quick), model.max_context - DECODE_STEPS - 2)
     if prompt < 1 or prompt + DECODE_STEPS + 2 > model.max_context:
         raise CannotRun(f"{model.name} takes {model.max_context} tokens; {prompt + DECODE_STEPS + 2} are needed")
@@ -356,6 +342,7 @@ def main() -> int:
     torch.manual_seed(args.seed)
     weights = Weights.of(load_model(model, "meta")[0], model.name)
     limits = limits_of(machine)
+    settings |= {"compute_limit_flops": limits.flops_per_s, "memory_limit_bytes_per_s": limits.bytes_per_s}
     print(
         f"model:   {model.name}{', random weights' if model.dummy else ''}\n"
         f"limits ({limits.source}): {limits.flops_per_s / 1e12:.3g} TFLOP/s, {limits.bytes_per_s / 1e9:.3g} GB/s, "
@@ -372,46 +359,52 @@ def measure_torch(
     args: argparse.Namespace, model: Model, load: Load, weights: Weights, limits: Limits, report: Report
 ) -> None:
     """transformers: the chapter's profile, its cost, and decode steps launched in several ways."""
-    machine = report.machine
-    needed = (weights.layers + weights.head) * weights.itemsize
-    if needed > free_bytes(machine):
-        raise CannotRun(f"{model.name} needs {needed / 1e9:.1f} GB, {free_bytes(machine) / 1e9:.1f} GB are free")
-    network, tokenizer = load_model(model, machine.device)
-    ids = prompts(model, tokenizer, load).to(machine.device)
+    device = report.machine.device
+    needed, free = memory_needed(weights, model, load), free_bytes(report.machine)
+    if needed > free:
+        raise CannotRun(f"{model.name} needs {needed / 1e9:.1f} GB for this load, {free / 1e9:.1f} GB are free")
+    network, tokenizer = load_model(model, device)
+    ids = prompts(model, tokenizer, load).to(device)
     rounds = 3 if args.quick else 5
     cost = cost_rows(network, ids, args.stacks, rounds)
     profiled = profile_inference(network, ids, args.trace, args.stacks)
-    spans = list(profiled.spans.values())
-    report.keep(
-        "operations", "Top 10 operations by device time", top_operations(profiled.trace, spans), OPERATION_COLUMNS
-    )
-    if args.stacks:  # they slow a phase down up to ten times: the figures come from a run without
+    if args.stacks:  # they slow a phase down: the figures come from a run without
         with tempfile.TemporaryDirectory() as folder:
-            profiled = record(
-                partial(run_phases, network, ids), ids.is_cuda, f"{folder}/trace.json", profile_memory=True
-            )
+            run = partial(run_phases, network, ids)
+            profiled = record(run, ids.is_cuda, f"{folder}/trace.json", profile_memory=True)
+    operations = top_operations(profiled.trace, list(profiled.spans.values()))
+    report.keep("operations", "Top 10 operations by device time", operations, OPERATION_COLUMNS)
     parts = profiled.parts()
-    kinds = [kinds_row(name, parts[name], profiled.seconds[name]) for name in parts]
-
     work = work_of_phases(weights, model.config, load, load.prompt)
-    seconds = {phase: cost[0][f"{phase}_ms"] / 1e3 for phase in parts}
-    bounds = bounds_rows(load, parts, seconds, work, machine.device, limits)
-    no_compiler = why_not_compiled()
-    slow = args.quick and machine.device == "cpu"  # compiling takes half a minute on two cores
-    compiled = not (args.no_compile or slow or no_compiler)
-    decoder = Decoder(network, ids, DECODE_STEPS + 1)
-    modes, mode_kinds = modes_rows(decoder, work["decode"], limits, compiled, rounds)
-
-    shape = f"{load.batch} x {load.prompt:,} tokens, then {DECODE_STEPS} decode steps"
-    report.table("kinds", f"Time by kind of work: {shape}", kinds + mode_kinds, KINDS_COLUMNS)
+    seconds = {name: cost[0][f"{name}_ms"] / 1e3 for name in parts}
+    bounds = bounds_rows(load, parts, seconds, work, device, limits)
     report.table("bounds", f"Counted work against the limits ({limits.source})", bounds, BOUNDS_COLUMNS)
+    report.table("cost", "What the profiler costs, median of rounds", cost, COST_COLUMNS)
+
+    slow = args.quick and device == "cpu"  # compiling takes half a minute on two cores
+    not_compiled = why_not_compiled(device) or (
+        "left out by --quick or --no-compile" if args.no_compile or slow else ""
+    )
+    decoder = Decoder(network, ids, DECODE_STEPS + 1)
+    modes, mode_kinds = modes_rows(decoder, work["decode"], limits, not not_compiled, rounds)
+    kinds = [kinds_row(name, parts[name], profiled.seconds[name]) for name in parts] + mode_kinds
+    shape = f"{load.batch} x {load.prompt:,} tokens, then {DECODE_STEPS} decode steps"
+    report.table("kinds", f"Time by kind of work: {shape}", kinds, KINDS_COLUMNS)
     title = "The same decode steps in a cache of fixed size, launched in several ways"
     report.table("modes", title, modes, MODES_COLUMNS)
-    if not compiled:
-        print(f"  not compiled: {no_compiler or 'left out by --quick or --no-compile'}")
-    report.table("cost", "What the profiler costs, median of rounds", cost, COST_COLUMNS)
+    if reason := why_not_replayable(decoder):
+        print(f"  eager only: {reason}")
+    elif not_compiled:
+        print(f"  not compiled: {not_compiled}")
     named = [row | {"what": f"decode, {row['what']}"} for row in modes]
-    finish(args, report, kinds + mode_kinds, bounds, limits, bounds + named, profiled.trace.memory)
+    finish(args, report, kinds, bounds, limits, bounds + named, profiled.trace.memory)
+
+
+def memory_needed(weights: Weights, model: Model, load: Load) -> int:
+    """Bytes: weights and embedding, logits of all prompts, a growing cache and one of fixed size."""
+    numbers = weights.layers + 2 * weights.head + load.batch * load.prompt * model.vocab_size
+    cache = load.batch * (load.prompt + load.steps) * kv_bytes_per_token(model.config, weights.itemsize)
+    return numbers * weights.itemsize + 2 * cache
 
 
 def prompts(model: Model, tokenizer: object, load: Load) -> torch.Tensor:
@@ -429,6 +422,7 @@ def measure_vllm(
     longest = min(model.max_context, load.prompt + DECODE_STEPS + 2)
     settings = engine_args(model, machine, quantization="none", tensor_parallel=1, max_model_len=longest,
                            max_num_seqs=load.batch) | {"seed": args.seed}  # fmt: skip
+    settings["max_num_batched_tokens"] = max(longest, load.batch * load.prompt)  # all prompts in one step
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as cleanup:
         llm, start_s = start_profiled_engine(settings, folder, args.stacks)
         cleanup.callback(stop_engine, llm)
@@ -441,8 +435,10 @@ def measure_vllm(
     work = work_of_phases(weights, model.config, load, prompt_logits=1)
     kinds = [kinds_row(name, parts[name], walls[name]) for name in parts]
     bounds = bounds_rows(load, parts, profiled.seconds, work, machine.device, limits)
-    seconds = profiled.seconds
-    cost = [cost_row("off", seconds, seconds), cost_row("operations, kernels, shapes", walls, seconds)]
+    cost = [
+        cost_row("off", profiled.seconds, profiled.seconds),
+        cost_row("operations, kernels, shapes", profiled.profiled_seconds, profiled.seconds),
+    ]
     operations = top_operations(profiled.trace, list(profiled.spans.values()))
     report.table("operations", "Top 10 operations by device time", operations, OPERATION_COLUMNS)
     report.table("kinds", f"Time by kind of work in vLLM: {load.batch} x {load.prompt:,} tokens", kinds, KINDS_COLUMNS)

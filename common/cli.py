@@ -6,8 +6,10 @@ Exit status: 0 when the script ran (a missed performance target is a result), 2 
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 class CannotRun(Exception):
@@ -42,8 +44,8 @@ def standard_parser(doc: str, model_help: str | None = None) -> argparse.Argumen
     if model_help is not None:
         common.add_argument("--model", default="auto", help=model_help)
     common.add_argument("--seed", type=int, default=0, help="for everything random")
-    common.add_argument("--json", metavar="FILE", help="also write what was measured to FILE")
-    common.add_argument("--plot", metavar="FILE.png", help="also draw it to FILE.png")
+    common.add_argument("--json", type=output_file, metavar="FILE", help="also write what was measured to FILE")
+    common.add_argument("--plot", type=png_file, metavar="FILE.png", help="also draw it to FILE.png")
     return parser
 
 
@@ -69,6 +71,22 @@ def non_negative_int(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
     return value
+
+
+def output_file(text: str) -> str:
+    """argparse type: a file that can be written, found out before anything is measured."""
+    path = Path(text).absolute()
+    folder = next(parent for parent in path.parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write to {text}")
+    return text
+
+
+def png_file(text: str) -> str:
+    """argparse type: as `output_file`, for a picture."""
+    if Path(text).suffix != ".png":
+        raise argparse.ArgumentTypeError(f"must end in .png, not {text}")
+    return output_file(text)
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -24,12 +24,13 @@ PATTERNS = tuple(
         ("normalisation, element-wise", r"^triton_(poi|red|per)|cpp_fused"),
         ("memory copies", r"reshape_and_cache|kv_cache_update|memcpy|memset"),
         ("attention", r"flash|fmha|sdpa|scaled_dot_product|attention|paged"),
-        ("matrix products", r"gemm|gemv|nvjet|cutlass|xmma|wgmma|split_?k|::(addmm|b?mm|baddbmm|linear|matmul)$|_mm$"),
+        ("matrix products", r"gemm|gemv|nvjet|cutlass|xmma|wgmma|split_?k|"
+                             r"::(addmm|b?mm|mv|dot|baddbmm|linear|matmul|_linear\w*)$|_mm$"),
         ("memory copies", r"copy|CatArray|::(cat|clone|contiguous|fill_|zero_|zeros|embedding|index_select)$"),
         # Views, allocations and reading a number back move no data: they are the framework's own work.
         (GAPS, r"::(_?unsafe_view|view|v?split\w*|reshape|slice|t|transpose|permute|as_strided|(un)?squeeze|expand|"
                r"empty\w*|new_empty|chunk|narrow|select|alias|detach|item|_local_scalar_dense|result_type|(un)?flatten|"
-               r"resolve_\w+|lift_fresh|to|contiguous|is_nonzero)$|^TorchDynamo|^Torch-Compiled|CompiledFxGraph"),
+               r"resolve_\w+|lift_fresh|to|is_nonzero)$|^TorchDynamo|^Torch-Compiled|CompiledFxGraph"),
     )
 )  # fmt: skip
 

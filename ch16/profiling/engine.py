@@ -23,18 +23,21 @@ STEP = re.compile(r"execute_context_(\d+)\(\d+\)_generation_(\d+)\(\d+\)")
 
 @dataclass(frozen=True)
 class EngineProfile:
-    """A wave through the engine: its trace and the file, its phases in it, and their seconds without the profiler."""
+    """A wave through the engine: its trace and the file, its phases in it, their seconds as the client sees them."""
 
     path: Path
     trace: Trace
     spans: dict[str, Event]
-    seconds: dict[str, float]
+    seconds: dict[str, float]  # without the profiler
+    profiled_seconds: dict[str, float]
 
 
 def start_profiled_engine(settings: Mapping[str, object], folder: str, stacks: bool) -> tuple["LLM", float]:
     """An engine whose profiler is ready but off, and the seconds it took to start."""
-    from vllm.config import ProfilerConfig
-
+    try:
+        from vllm.config import ProfilerConfig
+    except ImportError as error:
+        raise CannotRun(f"vLLM cannot be imported: {first_line(error)}; run: make install") from None
     config = ProfilerConfig(
         profiler="torch", torch_profiler_dir=folder, torch_profiler_with_stack=stacks,
         torch_profiler_record_shapes=True, torch_profiler_dump_cuda_time_total=False,
@@ -65,13 +68,13 @@ def profile_engine(
     seconds = {"prefill": percentile(prefill, 50), "decode": percentile(decode, 50)}
     try:
         llm.start_profile()
-        wave(5)
+        profiled_seconds = dict(zip(("prefill", "decode"), wave(5), strict=True))
         with contextlib.redirect_stdout(io.StringIO()):  # on a CPU the worker prints a table of its own
             llm.stop_profile()
     except Exception as error:  # whatever the engine's process reports
         raise CannotRun(f"vLLM could not profile: {first_line(error)}") from None
     path, trace = _worker_trace(Path(folder))
-    return EngineProfile(path, trace, step_spans(trace, steps), seconds)
+    return EngineProfile(path, trace, step_spans(trace, batch, steps), seconds, profiled_seconds)
 
 
 def _worker_trace(folder: Path) -> tuple[Path, Trace]:
@@ -83,17 +86,19 @@ def _worker_trace(folder: Path) -> tuple[Path, Trace]:
     raise CannotRun(f"vLLM wrote {len(files)} traces, and none has the steps of a worker")
 
 
-def step_spans(trace: Trace, steps: int) -> dict[str, Event]:
+def step_spans(trace: Trace, batch: int, steps: int) -> dict[str, Event]:
     """ "prefill" and "decode" (`steps` of it): from the start of a step to the start of another.
 
     Where the device has ranges of its own, they count: the host runs ahead of it.
 
     Raises:
-        CannotRun: no prefill, or fewer than `steps` + 1 decode steps after it.
+        CannotRun: no prefill, fewer than `steps` + 1 decode steps of the whole `batch` after it, or a step of both.
     """
     ranges = _steps(trace.device_ranges) or _steps(trace.ranges)
-    prompts = [event for event, prefill in ranges if prefill]
-    answers = [event for event, prefill in ranges if not prefill]
+    prompts = [event for event, prefill, _ in ranges if prefill]
+    answers = [event for event, prefill, decode in ranges if not prefill and decode == batch]
+    if mixed := [event.name for event, prefill, decode in ranges if prefill and decode]:
+        raise CannotRun(f"vLLM mixed prefill and decode in a step ({mixed[0]}): take a smaller --batch")
     if not prompts or len(answers) <= steps or prompts[-1].start > answers[0].start:
         raise CannotRun(f"the trace has {len(prompts)} prefill and then {len(answers)} decode steps; 1 and {steps + 1} "
                         "are needed")  # fmt: skip
@@ -101,7 +106,7 @@ def step_spans(trace: Trace, steps: int) -> dict[str, Event]:
     return {name: Event(name, one.start, two.start, one.thread) for name, (one, two) in edges.items()}
 
 
-def _steps(ranges: Sequence[Event]) -> list[tuple[Event, bool]]:
-    """Steps by start, and whether one is a prefill."""
+def _steps(ranges: Sequence[Event]) -> list[tuple[Event, int, int]]:
+    """Steps by start, with the requests that each prefilled and decoded."""
     found = ((event, STEP.search(event.name)) for event in ranges)
-    return [(event, int(match[1]) > 0) for event, match in found if match]
+    return [(event, int(match[1]), int(match[2])) for event, match in found if match]

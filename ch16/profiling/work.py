@@ -12,7 +12,7 @@ import torch.nn as nn
 
 from common.cli import CannotRun
 from common.gpu import Machine
-from common.models import kv_bytes_per_token
+from common.models import Model, kv_bytes_per_token
 from common.timing import measure
 
 
@@ -76,6 +76,25 @@ def count(
     flops = batch * (2 * weights.layers * tokens + 2 * weights.head * logits + attention)
     cache = batch * (context + tokens) * kv_bytes_per_token(config, weights.itemsize)
     return Work(flops, (weights.layers + weights.head) * weights.itemsize + cache)
+
+
+def require_countable(model: Model) -> None:
+    """What `count` knows: full attention, weights of 16 bits, the usual names of sizes.
+
+    Raises:
+        CannotRun: the model has something else.
+    """
+    config, problem = model.config, ""
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    if missing := [name for name in sizes if not isinstance(config.get(name), int)]:
+        problem = f"its config.json has no {missing[0]}"
+    elif "quantization_config" in config:
+        problem = "its weights are quantized"
+    elif window and window < model.max_context:
+        problem = f"its attention has a window of {window} tokens"
+    if problem:
+        raise CannotRun(f"the work of {model.name} cannot be counted: {problem}")
 
 
 @dataclass(frozen=True)

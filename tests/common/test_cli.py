@@ -49,3 +49,15 @@ def test_numbers_out_of_range(kind, text):
 )
 def test_an_exception_in_one_line(error, line):
     assert cli.first_line(error).strip() == line
+
+
+def test_files_are_found_unwritable_before_they_are_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for good in (tmp_path / "file", tmp_path / "new" / "folder" / "x.json"):
+        assert cli.output_file(str(good)) == str(good)
+    for bad in (tmp_path, tmp_path / "file" / "x.json"):
+        with pytest.raises(argparse.ArgumentTypeError, match="cannot write to"):
+            cli.output_file(str(bad))
+    assert cli.png_file(str(tmp_path / "x.png"))
+    with pytest.raises(argparse.ArgumentTypeError, match=r"must end in \.png"):
+        cli.png_file(str(tmp_path / "x.jpg"))

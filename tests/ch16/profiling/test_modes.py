@@ -1,13 +1,16 @@
 """Every way to launch decode steps makes the same tokens, and a way that does not is found out."""
 
+import json
+
 import pytest
 import torch
 
 from ch16.profiling import modes
-from ch16.profiling.modes import Decoder, check_same, launch_modes, why_not_compiled
+from ch16.profiling.modes import Decoder, check_same, launch_modes, why_not_compiled, why_not_replayable
 from common import models
 from common.cli import CannotRun
 from common.gpu import detect
+from common.models import SHAPES
 from common.text import load_model
 
 STEPS = 6
@@ -23,7 +26,7 @@ def decoder():
 
 @torch.no_grad()
 def test_the_same_tokens_as_with_a_growing_cache(decoder):
-    tokens, _ = decoder.tokens(decoder.step, STEPS)
+    tokens, _ = decoder.logits_of(decoder.step, STEPS)
     cache, ids, expected = None, decoder.prompt, []
     for _ in range(STEPS + 1):
         output = decoder.network(ids, past_key_values=cache, use_cache=True)
@@ -34,48 +37,85 @@ def test_the_same_tokens_as_with_a_growing_cache(decoder):
 
 @torch.no_grad()
 def test_rewinding_repeats(decoder):
-    first, logits = decoder.tokens(decoder.step, STEPS)
-    again, repeated = decoder.tokens(decoder.step, STEPS)
-    assert torch.equal(first, again) and torch.equal(logits, repeated)
-    assert decoder.seconds(decoder.step, STEPS) > 0
+    tokens, logits = decoder.logits_of(decoder.step, STEPS)
+    again, repeated = decoder.logits_of(decoder.step, STEPS)
+    assert logits.shape == (2, STEPS, 512)
+    assert torch.equal(tokens, again) and check_same("eager", repeated, logits, modes.SAME_ERROR) < 0.01
+
+
+@torch.no_grad()
+def test_given_tokens_are_followed(decoder):
+    """One other token, and the logits after it are others; before it, they are not."""
+    tokens, logits = decoder.logits_of(decoder.step, STEPS)
+    given = tokens.clone()
+    given[:, 2] = (given[:, 2] + 1) % 500
+    _, other = decoder.logits_of(decoder.step, STEPS, given)
+    assert torch.allclose(other[:, :3], logits[:, :3], atol=0.05) and not torch.allclose(other[:, 3:], logits[:, 3:])
+
+
+@torch.no_grad()
+def test_a_step_that_stays_where_it_is_is_found_out(decoder):
+    """The first step is right, and then the position no longer moves: what a graph of a Python number would do."""
+    _, expected = decoder.logits_of(decoder.step, STEPS)
+    prompt = decoder.prompt.shape[1]
+
+    def stuck():
+        for layer in decoder.cache.layers:
+            layer.cumulative_length.fill_(prompt)
+        decoder.step()
+
+    _, found = decoder.logits_of(stuck, STEPS)
+    assert torch.allclose(found[:, 0], expected[:, 0], atol=0.05)
+    with pytest.raises(CannotRun, match=r"stuck computes something else: the logits of step [2-6]"):
+        check_same("stuck", found, expected, modes.SAME_ERROR)
+
+
+@torch.no_grad()
+def test_windows_are_launched_eagerly(tmp_path):
+    config = SHAPES["tiny-llama"] | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"sliding_window": 16}))
+    network, _ = load_model(models.dummy(str(tmp_path)), "cpu")
+    windowed = Decoder(network, torch.randint(10, 500, (1, 30)), STEPS + 1)
+    assert "has a window" in why_not_replayable(windowed)
+    assert list(launch_modes(windowed, compiled=True)[0]) == ["eager"]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(why_not_compiled()), reason=why_not_compiled())
+@pytest.mark.skipif(bool(why_not_compiled(detect().device)), reason=why_not_compiled(detect().device))
 @torch.no_grad()
 def test_all_modes_agree(decoder):
-    ways, took = launch_modes(decoder, compiled=True)
-    on_gpu = decoder.prompt.is_cuda
-    assert list(ways) == (
-        ["eager", "CUDA graph", "compiled", "compiled, CUDA graph"] if on_gpu else ["eager", "compiled"]
-    )
-    expected = decoder.tokens(ways["eager"], STEPS)
+    assert why_not_replayable(decoder) == ""
+    ways, _ = launch_modes(decoder, compiled=True)
+    on_gpu = ["eager", "CUDA graph", "compiled", "compiled, CUDA graph"]
+    assert list(ways) == (on_gpu if decoder.prompt.is_cuda else ["eager", "compiled"])
+    tokens, expected = decoder.logits_of(ways["eager"], STEPS)
     for name, step in ways.items():
-        check_same(name, decoder.tokens(step, STEPS), expected, modes.COMPILED_ERROR)
-    assert took["compiled"] > took["eager"] == 0
+        tolerance = modes.COMPILED_ERROR if "compiled" in name else modes.SAME_ERROR
+        check_same(name, decoder.logits_of(step, STEPS, tokens)[1], expected, tolerance)
 
 
 @pytest.mark.gpu
 @torch.no_grad()
 def test_a_cuda_graph_replays_the_same_steps(decoder):
     ways, _ = launch_modes(decoder, compiled=False)
-    expected = decoder.tokens(ways["eager"], STEPS)
-    assert check_same("CUDA graph", decoder.tokens(ways["CUDA graph"], STEPS), expected, modes.SAME_ERROR) > 0
+    tokens, expected = decoder.logits_of(ways["eager"], STEPS)
+    check_same("CUDA graph", decoder.logits_of(ways["CUDA graph"], STEPS, tokens)[1], expected, modes.SAME_ERROR)
 
 
 def test_another_computation_is_found_out():
-    logits, tokens = torch.randn(1, 1, 50), torch.tensor([[1, 2, 3, 4]])
-    other = torch.tensor([[1, 2, 9, 4]])
-    assert check_same("a", (other, logits * 1.01), (tokens, logits), 0.02) == 2
-    for found in (logits * 1.03, -logits, logits * torch.nan):
+    logits = torch.randn(1, 4, 50)
+    assert check_same("a", logits * 1.01, logits, 0.02) == pytest.approx(0.01, rel=0.01)
+    late = logits.clone()
+    late[:, 3] = -late[:, 3]
+    for found in (logits * 1.03, late, logits * torch.nan):
         with pytest.raises(CannotRun, match="a computes something else"):
-            check_same("a", (tokens, found), (tokens, logits), 0.02)
+            check_same("a", found, logits, 0.02)
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
-    monkeypatch.setenv("CXX", "/no/such/compiler")
-    monkeypatch.setenv("CC", "sh")
-    assert why_not_compiled() == "no /no/such/compiler on this machine"
+    monkeypatch.setenv("CXX", "/no/such/compiler -O2")
+    monkeypatch.setenv("CC", "sh -c")
+    assert why_not_compiled("cpu") == "no /no/such/compiler -O2 on this machine" and why_not_compiled("cuda") == ""
 
 
 def test_a_failing_compiler_is_one_line(decoder, monkeypatch):

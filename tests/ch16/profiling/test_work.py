@@ -8,12 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from ch16.profiling.work import Limits, Weights, Work, count, limits_of, verdict
+from ch16.profiling import work
+from ch16.profiling.work import Limits, Weights, Work, count, limits_of, require_countable, verdict
 from common import models
 from common.cli import CannotRun
 from common.gpu import Peak, detect
-from common.models import SHAPES, parameter_count
+from common.models import SHAPES, Model, parameter_count
 from common.text import load_model
+from common.timing import Timing
 
 
 def weights_of(name):
@@ -55,9 +57,9 @@ def test_flops_as_pytorch_counts_them():
 def test_a_decode_step_by_hand():
     """Two sequences, 100 tokens of context: weights once, 2 FLOPs each and sequence; 101 keys for each of 4 heads."""
     config, weights = SHAPES["tiny-llama"], weights_of("tiny-llama")
-    work = count(weights, config, 1, 100, 1, batch=2)
-    assert work.flops == 2 * (2 * (weights.layers + weights.head) + 4 * 2 * 4 * 32 * 101)
-    assert work.bytes == 2 * (weights.layers + weights.head) + 2 * 101 * (2 * 2 * 2 * 32 * 2)
+    step = count(weights, config, 1, 100, 1, batch=2)
+    assert step.flops == 2 * (2 * (weights.layers + weights.head) + 4 * 2 * 4 * 32 * 101)
+    assert step.bytes == 2 * (weights.layers + weights.head) + 2 * 101 * (2 * 2 * 2 * 32 * 2)
 
 
 @given(st.integers(1, 200), st.integers(0, 200), st.integers(1, 8))
@@ -77,9 +79,26 @@ def test_verdicts(flops, gaps, expected):
     assert limits.ridge == 10 and verdict(Work(flops, 1), limits, gaps) == expected
 
 
-def test_limits_are_the_data_sheet_or_measured():
+def test_limits_are_the_data_sheet_or_measured(monkeypatch):
     machine = detect("cpu")
+    assert limits_of(machine).source.startswith("measured now")
+    monkeypatch.setattr(work, "measure", lambda *args, **kwargs: Timing((0.5, 0.25)))
     measured = limits_of(machine)
-    assert measured.source.startswith("measured now") and 1e8 < measured.bytes_per_s < measured.flops_per_s < 1e15
+    assert (measured.flops_per_s, measured.bytes_per_s) == (2 * 2048**3 / 0.25, 2**28 / 0.25)
     known = dataclasses.replace(machine, peak=Peak(bf16_flops=2e12, bytes_per_s=1e11))
     assert limits_of(known) == Limits(2e12, 1e11, "data sheet")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"num_attention_heads": None}, "has no num_attention_heads"),
+        ({"quantization_config": {}}, "weights are quantized"),
+        ({"sliding_window": 512}, "has a window of 512 tokens"),
+    ],
+)
+def test_what_cannot_be_counted(change, problem):
+    with pytest.raises(CannotRun, match=f"the work of m cannot be counted: .*{problem}"):
+        require_countable(Model("p", "m", SHAPES["tiny-llama"] | change))
+    require_countable(Model("p", "m", SHAPES["mixtral-8x7b"]))
+    require_countable(Model("p", "m", SHAPES["tiny-llama"] | {"sliding_window": 512, "use_sliding_window": False}))

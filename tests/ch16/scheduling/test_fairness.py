@@ -1,0 +1,74 @@
+"""Virtual token counters against a plain dictionary, and what they promise."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from ch16.scheduling.fairness import TokenCounters
+
+TENANTS = st.sampled_from("abcdef")
+
+
+class AgainstADictionary(RuleBasedStateMachine):
+    """Every counter kept for ever; the least found by looking at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.ours, self.served, self.active, self.level = TokenCounters(), {}, set(), 0.0
+
+    @rule(tenant=TENANTS)
+    def join(self, tenant):
+        if tenant not in self.active:
+            level = min(self.served[name] for name in self.active) if self.active else self.level
+            self.served[tenant] = max(self.served.get(tenant, 0.0), level)
+            self.active.add(tenant)
+            self.ours.join(tenant)
+
+    @precondition(lambda self: self.active)
+    @rule(data=st.data())
+    def leave(self, data):
+        tenant = data.draw(st.sampled_from(sorted(self.active)))
+        self.level = self.served[tenant]
+        self.active.discard(tenant)
+        self.ours.leave(tenant)
+
+    @rule(tenant=TENANTS, tokens=st.integers(0, 9))
+    def charge(self, tenant, tokens):
+        if tenant in self.served:
+            self.served[tenant] += tokens
+            self.ours.charge(tenant, tokens)
+
+    @invariant()
+    def the_least(self):
+        if self.active:
+            least = self.ours.least()
+            assert least in self.active and self.served[least] == min(self.served[name] for name in self.active)
+
+
+TestAgainstADictionary = AgainstADictionary.TestCase
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 10)), min_size=1, max_size=300))
+def test_tenants_that_always_wait_stay_close(order):
+    """Served by whoever has least: two that wait all the time never differ by more than one request."""
+    counters, served = TokenCounters(), dict.fromkeys("abc", 0)
+    for name in served:
+        counters.join(name)
+    for _, tokens in order:
+        name = counters.least()
+        served[name] += tokens
+        counters.charge(name, tokens)
+        assert max(served.values()) - min(served.values()) <= 10
+
+
+def test_idle_tenants_are_forgotten_but_not_their_debts():
+    counters = TokenCounters()
+    counters.join("waits")
+    counters.charge("debtor", 1000.0)
+    for i in range(5000):
+        counters.join(f"t{i}")
+        counters.leave(f"t{i}")
+        counters.charge("waits", 0.001)
+    assert len(counters._served) < 200 and len(counters._heap) < 200
+    counters.join("debtor")
+    assert counters.least() == "waits"

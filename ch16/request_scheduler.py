@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
 import heapq
+import logging
 import math
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -33,12 +33,13 @@ from typing import TYPE_CHECKING, Any
 from ch16.scheduling.fairness import TokenCounters
 from ch16.scheduling.live import serve
 from ch16.scheduling.mix import CLASSES, HEAVY, WAIT_COLUMNS, Job, bursty_mix, wait_rows
+from ch16.scheduling.picture import plot
 from ch16.scheduling.simulate import Clock, Costs, simulate
+from ch16.scheduling.speed import SPEED_COLUMNS, speed_rows
 from common import cli, models
 from common.engine import engine_args, prepare_environment, quiet, start_engine, stop_engine
 from common.gpu import Machine, detect
 from common.models import Model
-from common.plots import draw, save_plot
 from common.results import Column, Report, Verdict, judge
 
 if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment that prepare_environment sets
@@ -48,6 +49,7 @@ if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment tha
 
 TTFT_TARGET = 0.25  # P99 time to first token of high priority, over that of first come, first served
 THROUGHPUT_TARGET = 0.97
+SLACK = 64  # entries of requests that no longer wait, which a heap may keep beside as many as do
 LEVELS = max(priority for priority, _ in CLASSES.values())
 
 
@@ -78,30 +80,34 @@ class QueueFull(Exception):
 
 @dataclass(order=True, slots=True)
 class PrioritizedRequest:
-    """A request that waits. Lower priorities go first, then lower numbers."""
+    """A request that waits, and the handle of who sent it. Lower priorities go first, then lower numbers."""
 
-    priority: int
+    priority: float
     number: int  # in order of arrival
     request: Any = field(compare=False)
     tokens: int = field(compare=False, default=1)  # that it adds to a batch
     tenant: str = field(compare=False, default="")
     deadline: float = field(compare=False, default=math.inf)  # by the scheduler's clock
-    arrived: float = field(compare=False, default=0.0)
     state: str = field(compare=False, default="waiting")  # then "taken", "cancelled" or "expired"
+    owner: "InferenceScheduler | None" = field(compare=False, default=None, repr=False)
+
+    __hash__ = object.__hash__
 
 
 class InferenceScheduler:
-    """Requests by priority, in bounded time, into batches; safe from many threads.
+    """Requests by priority into batches; safe from many threads. Adding and taking cost O(log n).
 
-    Adding and taking cost O(log n). Cancelled and expired requests leave the queue at once and memory soon after.
+    With finite `ageing_s` a request is overtaken only by those that come at most (its priority - theirs) * ageing_s
+    after it, so it is served in bounded time; with `fair`, among those of its tenant, if tenants are bounded in number.
 
     Args:
         ageing_s: seconds of waiting that make up for one level of priority. 0 is first come, first served; math.inf is
             strict priority, which may starve.
-        fair: serve first the tenant that was served least (Virtual Token Counter, arXiv 2401.00588); priorities then
-            hold among requests of one tenant.
+        fair: serve first the tenant that was served least (Virtual Token Counter, arXiv 2401.00588), by the `tokens` of
+            its requests and what is charged for answers. No tenant may hold more places than are left free.
         max_queue: requests that may wait.
-        on_expired: called with each request whose deadline passed while it waited.
+        on_expired: called with each request whose deadline passed while it waited, by the next call of any method, on
+            its thread. What it raises is logged.
         clock: seconds; that of deadlines, too.
     """
 
@@ -131,30 +137,33 @@ class InferenceScheduler:
         return self._live
 
     def add_request(
-        self, request: object, priority: int = 0, *, tokens: int = 1, tenant: str = "", deadline: float = math.inf
+        self, request: object, priority: float = 0, *, tokens: int = 1, tenant: str = "", deadline: float | None = None
     ) -> PrioritizedRequest:
         """Let a request wait (lower priority goes first). Returns its handle, for `cancel`.
 
         Raises:
             QueueFull: as many wait as may.
-            ValueError: a deadline or priority that is not a number, or less than one token.
+            ValueError: a priority or deadline that is not a number, or less than one token.
             RuntimeError: the scheduler is closed.
         """
-        if tokens < 1 or deadline != deadline or priority != priority:
-            raise ValueError(f"tokens {tokens}, priority {priority}, deadline {deadline}")
+        deadline = math.inf if deadline is None else deadline
+        if not (math.isfinite(priority) and tokens >= 1 and tokens < math.inf) or math.isnan(deadline):
+            raise ValueError(f"priority {priority}, tokens {tokens}, deadline {deadline}")
+        name = tenant if self._fair else ""
         with self._changed:
             now = self._clock()
             expired = self._expire(now)
-            full = self._live >= self._max_queue
-            if not full and not self._closed:
-                item = PrioritizedRequest(priority, self._number, request, tokens, tenant, deadline, now)
-                self._push(item)
-        for one in expired:
-            self._on_expired(one)
-        if self._closed:
+            closed, free = self._closed, self._max_queue - self._live
+            # Fair: as in a switch whose ports share a buffer (dynamic thresholds, Choudhury and Hahne, 1998).
+            full = free <= (self._waiting.get(name, 0) if self._fair else 0)
+            if not closed and not full:
+                item = PrioritizedRequest(priority, self._number, request, tokens, tenant, deadline, owner=self)
+                self._push(item, name, now)
+        self._tell(expired)
+        if closed:
             raise RuntimeError("the scheduler is closed")
         if full:
-            raise QueueFull(f"{self._max_queue} requests wait already")
+            raise QueueFull(f"{self._max_queue - free} of {self._max_queue} places are taken")
         return item
 
     def get_next_batch(
@@ -165,7 +174,7 @@ class InferenceScheduler:
         A request with more than `max_tokens` goes alone. Those that do not fit are not overtaken by smaller ones.
 
         Args:
-            timeout_s: how long to wait for a first one; None: until there is one, or the scheduler is closed.
+            timeout_s: how long to wait for a first one; None: until there is one, or the scheduler is closed and empty.
         """
         return [item.request for item in self.take(max_batch_size, max_tokens, timeout_s)]
 
@@ -173,41 +182,49 @@ class InferenceScheduler:
         self, max_batch_size: int = 32, max_tokens: int | None = None, timeout_s: float | None = 0.0
     ) -> list[PrioritizedRequest]:
         """As `get_next_batch`, with handles, which know the tenant to charge."""
-        if max_batch_size < 1 or (max_tokens is not None and max_tokens < 1):
-            raise ValueError(f"a batch of {max_batch_size} requests and {max_tokens} tokens")
-        until = None if timeout_s is None else time.monotonic() + timeout_s
-        batch: list[PrioritizedRequest] = []
-        while not batch:
+        if (
+            max_batch_size < 1
+            or not (max_tokens is None or max_tokens >= 1)
+            or not (timeout_s is None or timeout_s >= 0)
+        ):
+            raise ValueError(f"a batch of {max_batch_size} requests, {max_tokens} tokens, within {timeout_s} s")
+        until = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while True:
             with self._changed:
                 if not self._live and not self._closed and timeout_s != 0:
-                    self._changed.wait(None if until is None else max(0.0, until - time.monotonic()))
+                    left = until - time.monotonic()
+                    self._changed.wait(None if math.isinf(left) else max(0.0, left))
                 expired = self._expire(self._clock())
-                room = max_tokens
-                while len(batch) < max_batch_size and (heap := self._next()):
-                    item = heap[0][2]
-                    if room is not None and item.tokens > room and batch:
-                        break
-                    self._remove(heapq.heappop(heap)[2], "taken")
-                    if self._fair:
-                        self._served.charge(item.tenant, item.tokens)
-                    room = None if room is None else room - item.tokens
-                    batch.append(item)
-            for one in expired:
-                self._on_expired(one)
-            if self._closed or (until is not None and time.monotonic() >= until):
-                break
-        return batch
+                batch = self._take(max_batch_size, max_tokens)
+                done = batch or (self._closed and not self._live)
+            self._tell(expired)
+            if done or time.monotonic() >= until:
+                return batch
 
     def cancel(self, item: PrioritizedRequest) -> bool:
-        """Take a request back; False if it does not wait any more."""
+        """Take a request back; False if it does not wait any more.
+
+        Raises:
+            ValueError: the handle is of another scheduler.
+        """
+        if item.owner is not self:
+            raise ValueError("the request waits in another scheduler")
         with self._changed:
-            if item.state != "waiting":
-                return False
-            self._remove(item, "cancelled")
-            return True
+            expired = self._expire(self._clock())
+            waits = item.state == "waiting"
+            if waits:
+                self._remove(item, "cancelled")
+        self._tell(expired)
+        return waits
 
     def charge(self, tenant: str, tokens: float) -> None:
-        """A tenant was served `tokens` more (answers count double in the paper); nothing unless `fair`."""
+        """A tenant was served `tokens` more (in the paper each token of an answer counts double); only if `fair`.
+
+        Raises:
+            ValueError: less than none, or not a number.
+        """
+        if not 0 <= tokens < math.inf:
+            raise ValueError(f"a charge of {tokens} tokens")
         if self._fair:
             with self._changed:
                 self._served.charge(tenant, tokens)
@@ -218,13 +235,19 @@ class InferenceScheduler:
             self._closed = True
             self._changed.notify_all()
 
+    def _tell(self, expired: Sequence[PrioritizedRequest]) -> None:
+        for item in expired:  # outside the lock: a callback may use the scheduler
+            try:
+                self._on_expired(item)
+            except Exception:  # a caller's own call must not lose its requests for that
+                logging.getLogger(__name__).exception("on_expired failed")
+
     # ---- inside the lock ----
 
-    def _push(self, item: PrioritizedRequest) -> None:
+    def _push(self, item: PrioritizedRequest, name: str, now: float) -> None:
         # Every request ages alike, so their order never changes: it is that of arrival + priority * ageing_s.
-        key = item.priority if math.isinf(self._ageing_s) else item.arrived + item.priority * self._ageing_s
-        name = item.tenant if self._fair else ""
-        if not self._waiting.get(name):
+        key = item.priority if math.isinf(self._ageing_s) else now + item.priority * self._ageing_s
+        if name not in self._waiting:
             self._served.join(name)
         self._waiting[name] = self._waiting.get(name, 0) + 1
         heapq.heappush(self._queues.setdefault(name, []), (key, item.number, item))
@@ -234,14 +257,22 @@ class InferenceScheduler:
         self._live += 1
         self._changed.notify()
 
-    def _next(self) -> list | None:
-        """The heap whose first request goes next; None if nobody waits."""
-        if not self._live:
-            return None
-        heap = self._queues[self._served.least()]
-        while heap[0][2].state != "waiting":
+    def _take(self, max_batch_size: int, max_tokens: int | None) -> list[PrioritizedRequest]:
+        batch: list[PrioritizedRequest] = []
+        room = math.inf if max_tokens is None else max_tokens
+        while self._live and len(batch) < max_batch_size:
+            heap = self._queues[self._served.least()]
+            while (item := heap[0][2]).state != "waiting":
+                heapq.heappop(heap)
+            if batch and item.tokens > room:
+                break
             heapq.heappop(heap)
-        return heap
+            if self._fair:  # before it may leave: who comes next is lifted to what it has been served
+                self._served.charge(item.tenant, item.tokens)
+            self._remove(item, "taken")
+            room -= item.tokens
+            batch.append(item)
+        return batch
 
     def _remove(self, item: PrioritizedRequest, state: str) -> None:
         """An item stops waiting; what it leaves in the heaps goes when it is half of them."""
@@ -253,9 +284,9 @@ class InferenceScheduler:
         if not self._waiting[name]:
             self._served.leave(name)
             del self._queues[name], self._waiting[name]
-        elif len(heap) > 2 * self._waiting[name] + 64:
+        elif len(heap) > 2 * self._waiting[name] + SLACK:
             _compact(heap)
-        if len(self._deadlines) > 2 * self._live + 64:
+        if len(self._deadlines) > 2 * self._live + SLACK:
             _compact(self._deadlines)
 
     def _expire(self, now: float) -> list[PrioritizedRequest]:
@@ -275,52 +306,13 @@ def _compact(heap: list[tuple[float, int, PrioritizedRequest]]) -> None:
 
 # ---- measurement ----
 
-SPEED_COLUMNS = (
-    Column("what", "add and take, batches of 32"),
-    Column("depth", "requests waiting", ",d"),
-    Column("pairs_per_s", "pairs/s", ",.0f"),
-    Column("ratio", "over PriorityQueue", ".2f"),
-)
 CHECK_COLUMNS = (
     Column("what", "first come, first served"),
     Column("real", "vLLM", ",.2f"),
     Column("simulated", "simulated", ",.2f"),
     Column("error_percent", "error %", "+.1f"),
 )
-BATCH = 32
-
-
-def pairs_per_s(add: Callable[[int], object], take: Callable[[], object], depth: int, pairs: int) -> float:
-    """Adds and takes a second while about `depth` requests wait; `take` takes BATCH of them."""
-    for i in range(depth):
-        add(i)
-    started = time.perf_counter()
-    for i in range(0, pairs, BATCH):
-        for j in range(i, i + BATCH):
-            add(j)
-        take()
-    return pairs / (time.perf_counter() - started)
-
-
-def speed_rows(pairs: int) -> list[dict]:
-    """Rows of SPEED_COLUMNS: the scheduler, and a bare PriorityQueue with a number for a request."""
-    rows = []
-    for depth in (100, 10_000, 100_000):
-        bare: queue.PriorityQueue = queue.PriorityQueue()
-        base = pairs_per_s(
-            lambda i, bare=bare: bare.put((i * 7919 % 20, i)), lambda bare=bare: [bare.get() for _ in range(BATCH)],
-            depth, pairs,
-        )  # fmt: skip
-        rows.append({"what": "queue.PriorityQueue", "depth": depth, "pairs_per_s": base, "ratio": 1.0})
-        for what, fair in (("InferenceScheduler", False), ("the same, fair, 10 tenants", True)):
-            ours = InferenceScheduler(fair=fair, max_queue=depth + pairs)
-            add = [
-                lambda i, ours=ours: ours.add_request(None, i * 7919 % 20),
-                lambda i, ours=ours: ours.add_request(None, i * 7919 % 20, tenant=f"t{i % 10}"),
-            ][fair]
-            speed = pairs_per_s(add, lambda ours=ours: ours.get_next_batch(BATCH), depth, pairs)
-            rows.append({"what": what, "depth": depth, "pairs_per_s": speed, "ratio": speed / base})
-    return rows
+LIVE = ("vLLM, first come first served", "vLLM, priority", "InferenceScheduler, ageing")
 
 
 def by_class(job: Job) -> str:
@@ -334,9 +326,10 @@ def by_tenant(job: Job) -> str:
 
 
 def bound_of(ageing_s: float, fcfs_s: float) -> Callable[[Job], float]:
-    """What ageing promises: whoever comes more than priority * ageing_s later does not overtake.
+    """What ageing promises: whoever comes more than priority * ageing_s later does not overtake (0 is the lowest here).
 
-    So a request waits no longer than one without priorities that comes so much later: `fcfs_s` at worst.
+    So a request is served no later than one without priorities that comes so much later, and waits `fcfs_s` at worst;
+    give or take the run of one request, since answers differ in length.
     """
     return lambda job: job.priority * ageing_s + fcfs_s
 
@@ -365,7 +358,7 @@ def live_rows(
 
     longest = max(answer.ttft_s for answer in fcfs)
     bound = bound_of(ageing_s, longest)
-    runs = {"vLLM, first come first served": fcfs, "vLLM, priority": by_priority, "InferenceScheduler, ageing": aged}
+    runs = dict(zip(LIVE, (fcfs, by_priority, aged), strict=True))
     rows = [row for name, answers in runs.items() for row in wait_rows(name, answers, by_class, bound)]
 
     clock = Clock()
@@ -403,7 +396,8 @@ def simulated_rows(costs: Costs, sizes: Sizes, count: int, seed: int) -> tuple[l
         scheduler = InferenceScheduler(**how, max_queue=count, clock=clock)
         answers = simulate(jobs, scheduler, clock, costs, sizes.slots)
         longest = longest or max(answer.ttft_s for answer in answers)
-        classes += wait_rows(name, answers, by_class, bound_of(ageing_s, longest))
+        promised = None if "fair" in how else bound_of(ageing_s, longest)
+        classes += wait_rows(name, answers, by_class, promised)
         if name in ("first come, first served", "fair by tenant"):
             tenants += wait_rows(name, answers, by_tenant)
     return classes, tenants
@@ -414,32 +408,18 @@ def simulated_rows(costs: Costs, sizes: Sizes, count: int, seed: int) -> tuple[l
 
 def claim(rows: Sequence[dict]) -> Verdict:
     """Q1 from the live rows."""
-    high = [row for row in rows if row["group"].endswith("high")]
-    low = [row for row in rows if row["group"].endswith("low")]
-    ratio, throughput = (high[1][key] / high[0][key] for key in ("p99_s", "tokens_per_s"))
+    by_name = {(row["policy"], row["group"][2:]): row for row in rows}
+    fcfs, strict, aged = ({kind: by_name[policy, kind] for kind in CLASSES} for policy in LIVE)
+    ratio, throughput = (strict["high"][key] / fcfs["high"][key] for key in ("p99_s", "tokens_per_s"))
     text = (
         f"P99 TTFT of high priority {ratio:.2f} of first come, first served, at {throughput:.2f} of its throughput; "
-        f"low priority waited up to {low[1]['max_s']:.1f} s instead of {low[0]['max_s']:.1f} s (with ageing: "
-        f"{low[2]['max_s']:.1f} s)"
+        f"low priority waited up to {strict['low']['max_s']:.1f} s instead of {fcfs['low']['max_s']:.1f} s. With "
+        f"ageing: {aged['high']['p99_s'] / fcfs['high']['p99_s']:.2f}, and up to {aged['low']['max_s']:.1f} s"
     )
     return judge("Q1", ratio <= TTFT_TARGET and throughput >= THROUGHPUT_TARGET, text)
 
 
 # ---- the script ----
-
-
-def plot(path: str, points: Sequence[dict]) -> None:
-    """Time to first token of each live request over its arrival, one plot a policy."""
-    names = list(dict.fromkeys(point["policy"] for point in points))
-    figure, axes = draw(len(names))
-    top = max(point["ttft_s"] for point in points)
-    for axis, name in zip(axes, names, strict=True):
-        for kind in CLASSES:
-            shown = [point for point in points if point["policy"] == name and point["kind"] == kind]
-            axis.plot([p["arrival_s"] for p in shown], [p["ttft_s"] for p in shown], "o", markersize=3, label=kind)
-        axis.set(title=name, xlabel="arrival, s", ylabel="time to first token, s", ylim=(0, 1.05 * top))
-        axis.legend(title="priority")
-    save_plot(figure, path)
 
 
 def main() -> int:

@@ -1,49 +1,66 @@
-"""Fairness between tenants: Virtual Token Counter (Sheng et al., arXiv 2401.00588)."""
+"""Fairness between tenants: Virtual Token Counter (Sheng et al., arXiv 2401.00588, algorithm 2)."""
 
 import heapq
 
+SLACK = 64  # entries that are not current, or tenants that went away, kept beside as many as wait
+
 
 class TokenCounters:
-    """Virtual Token Counters: how much each tenant has been served, and who of those that wait has least.
+    """How much each tenant has been served, and who of those that wait has least.
 
-    A tenant that comes back from idleness is lifted to the least of those that wait: nobody saves up.
+    A tenant that comes back from idleness is lifted to the least of those that wait; if nobody waits, to the last that
+    did: nobody saves up. Of equals the one that has waited longer goes first.
     """
 
     def __init__(self) -> None:
         self._served: dict[str, float] = {}
-        self._active: set[str] = set()
-        self._heap: list[tuple[float, str]] = []  # entries that are not current are skipped
-        self._level = 0.0  # of the tenant that was served last
+        self._since: dict[str, int] = {}  # of the tenants that wait: a number that grows with each that begins to
+        self._heap: list[tuple[float, int, str]] = []  # entries that are not current are skipped
+        self._last: str | None = None  # that stopped waiting
+        self._joined, self._prune_at = 0, SLACK
 
     def join(self, tenant: str) -> None:
         """A tenant begins to wait."""
-        level = self._served[self.least()] if self._active else self._level
-        self._active.add(tenant)
+        level = self._level()
+        self._since[tenant] = self._joined
+        self._joined += 1
         self._set(tenant, max(self._served.get(tenant, 0.0), level))
 
     def leave(self, tenant: str) -> None:
         """A tenant has nothing more that waits."""
-        self._level = self._served[tenant]
-        self._active.discard(tenant)
-        if len(self._served) > 2 * len(self._active) + 64:  # who would be lifted anyway need not be remembered
-            level = self._served[self.least()] if self._active else self._level
-            keep = {name for name, served in self._served.items() if served > level}
-            self._served = {name: self._served[name] for name in keep | self._active}
+        del self._since[tenant]
+        self._last = tenant
+        if len(self._served) > self._prune_at + 2 * len(self._since):
+            # Who would be lifted anyway need not be remembered.
+            level = self._level()
+            keep = {name for name, served in self._served.items() if served > level} | {*self._since, tenant}
+            self._served = {name: self._served[name] for name in keep}
+            self._prune_at = max(SLACK, 2 * len(keep))
 
     def charge(self, tenant: str, tokens: float) -> None:
         """A tenant was served more."""
-        self._set(tenant, self._served.get(tenant, self._level) + tokens)
+        known = self._served.get(tenant)
+        self._set(tenant, (self._level() if known is None else known) + tokens)
 
     def least(self) -> str:
         """Of the tenants that wait, the one that was served least."""
-        while (entry := self._heap[0])[1] not in self._active or self._served[entry[1]] != entry[0]:
+        while not self._current(self._heap[0]):
             heapq.heappop(self._heap)
-        return entry[1]
+        return self._heap[0][2]
+
+    def _level(self) -> float:
+        if self._since:
+            return self._served[self.least()]
+        return 0.0 if self._last is None else self._served[self._last]
+
+    def _current(self, entry: tuple[float, int, str]) -> bool:
+        served, since, tenant = entry
+        return self._since.get(tenant) == since and self._served[tenant] == served
 
     def _set(self, tenant: str, served: float) -> None:
         self._served[tenant] = served
-        if tenant in self._active:
-            heapq.heappush(self._heap, (served, tenant))
-            if len(self._heap) > 4 * len(self._active) + 64:
-                self._heap = [(self._served[name], name) for name in self._active]
+        if (since := self._since.get(tenant)) is not None:
+            heapq.heappush(self._heap, (served, since, tenant))
+            if len(self._heap) > 4 * len(self._since) + SLACK:
+                self._heap = [(self._served[name], number, name) for name, number in self._since.items()]
                 heapq.heapify(self._heap)

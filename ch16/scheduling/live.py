@@ -22,7 +22,7 @@ def serve(
             engine, which knows their priority.
 
     Returns:
-        The answers, and every step that was taken.
+        The answers, and every step that gave tokens, with those before it that gave none.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -32,6 +32,7 @@ def serve(
     order = sorted(range(len(jobs)), key=lambda i: jobs[i].arrival_s)
     first, last, steps = {}, {}, []
     sent = with_engine = 0
+    quiet_s = 0.0  # of steps that gave no token: parts of a long prompt
 
     def give(i: int) -> None:
         sampling = SamplingParams(
@@ -70,6 +71,8 @@ def serve(
             if output.finished:
                 last[i] = after - started
                 with_engine -= 1
+        quiet_s += after - before
         if outputs:
-            steps.append(Step(len(outputs), new, after - before))
+            steps.append(Step(len(outputs), new, quiet_s))
+            quiet_s = 0.0
     return [Answer(job, first[i], last[i]) for i, job in enumerate(jobs)], steps

@@ -70,7 +70,7 @@ WAIT_COLUMNS = (
     Column("max_s", "TTFT max s", ",.2f"),
     Column("bound_s", "bound s", ",.2f"),
     Column("over_bound", "beyond it", ",d"),
-    Column("tokens_per_s", "output tok/s", ",.1f"),
+    Column("tokens_per_s", "all, output tok/s", ",.1f"),
 )
 
 

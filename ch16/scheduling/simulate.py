@@ -42,8 +42,14 @@ class Costs:
         if len(steps) < 3:
             raise ValueError(f"three kinds of cost cannot be found from {len(steps)} steps")
         terms = np.array([[1.0, step.sequences, step.prompt_tokens] for step in steps])
-        found, *_ = np.linalg.lstsq(terms, np.array([step.seconds for step in steps]), rcond=None)
-        return Costs(*(max(0.0, float(value)) for value in found))
+        seconds, kept = np.array([step.seconds for step in steps]), [0, 1, 2]
+        while True:
+            found, *_ = np.linalg.lstsq(terms[:, kept], seconds, rcond=None)
+            if min(found, default=0.0) >= 0:
+                break
+            kept.pop(int(np.argmin(found)))  # without the part that came out below zero
+        parts = dict(zip(kept, map(float, found), strict=True))
+        return Costs(*(parts.get(i, 0.0) for i in range(3)))
 
     def step_s(self, sequences: int, prompt_tokens: int = 0) -> float:
         """Seconds of one step."""
@@ -76,7 +82,7 @@ class Clock:
 def simulate(jobs: Iterable[Job], queue: Queue, clock: Clock, costs: Costs, slots: int) -> list[Answer]:
     """Serve `jobs` (by arrival) on one engine of `slots` requests at once, in the order that `queue` gives.
 
-    Steps in which nobody joins or leaves are alike, so time jumps from one such moment to the next.
+    Steps in which nobody comes, joins or leaves are alike, so time jumps from one such moment to the next.
     """
     waiting = iter(jobs)
     following = next(waiting, None)
@@ -99,21 +105,22 @@ def simulate(jobs: Iterable[Job], queue: Queue, clock: Clock, costs: Costs, slot
         names = range(number, number + len(joined))
         for name, job in zip(names, joined, strict=True):
             heapq.heappush(running, (step + job.tokens_out, name, job))
-            queue.charge(job.tenant, 2 * job.tokens_out)  # in truth token by token; who waits sees the sum
         number += len(joined)
         if not running:
             continue
-        # With prompts, a step of its own; else as many as pass before somebody leaves, or may join.
+        # With prompts, a step of its own; else as many as pass before somebody leaves or comes.
         count = 1
         step_s = costs.step_s(len(running), sum(job.tokens_in for job in joined))
         if not joined:
             count = running[0][0] - step
-            if following and len(running) < slots:
+            if following:
                 count = min(count, max(1, -int(-(following.arrival_s - clock.now) // step_s)))
         step += count
         clock.now += count * step_s
         for name in names:
             first_s[name] = clock.now
+        for _, _, job in running:
+            queue.charge(job.tenant, 2 * count)  # tokens of answers count double
         while running and running[0][0] <= step:
             _, name, job = heapq.heappop(running)
             answers.append(Answer(job, first_s.pop(name), clock.now))

@@ -31,6 +31,7 @@ def step_by_step(jobs, policy, costs, slots):
         running += [[job, job.tokens_out] for job in joined]
         clock.now += costs.step_s(len(running), sum(job.tokens_in for job in joined))
         for entry in running:
+            queue.charge(entry[0].tenant, 2)
             entry[1] -= 1
             times.setdefault(id(entry[0]), [clock.now])
             if entry[1] == 0:
@@ -45,24 +46,26 @@ def mixes(draw):
     gaps = draw(st.lists(st.floats(0, 0.2), min_size=count, max_size=count))
     kinds = draw(st.lists(st.sampled_from(["high", "normal", "low"]), min_size=count, max_size=count))
     lengths = draw(st.lists(st.integers(1, 12), min_size=count, max_size=count))
+    tenants = draw(st.lists(st.sampled_from("ab"), min_size=count, max_size=count))
     jobs, now = [], 0.0
-    for gap, kind, length in zip(gaps, kinds, lengths, strict=True):
+    for gap, kind, length, tenant in zip(gaps, kinds, lengths, tenants, strict=True):
         now += gap
-        jobs.append(Job(now, kind, "t", 5, length))
+        jobs.append(Job(now, kind, tenant, 5, length))
     return jobs
 
 
 @settings(deadline=None)
-@given(mixes(), st.integers(1, 5), st.sampled_from([0.0, 0.01, math.inf]))
-def test_jumps_give_the_times_of_single_steps(jobs, slots, ageing_s):
+@given(mixes(), st.integers(1, 5), st.sampled_from([0.0, 0.01, math.inf]), st.booleans())
+def test_jumps_give_the_times_of_single_steps(jobs, slots, ageing_s, fair):
     clock = Clock()
-    answers = simulate(jobs, InferenceScheduler(ageing_s, clock=clock), clock, COSTS, slots)
+    answers = simulate(jobs, InferenceScheduler(ageing_s, fair, clock=clock), clock, COSTS, slots)
     found = {id(answer.job): (answer.first_s, answer.last_s) for answer in answers}
     assert len(found) == len(jobs)
-    for job, times in zip(jobs, step_by_step(jobs, {"ageing_s": ageing_s}, COSTS, slots), strict=True):
+    for job, times in zip(jobs, step_by_step(jobs, {"ageing_s": ageing_s, "fair": fair}, COSTS, slots), strict=True):
         assert found[id(job)] == pytest.approx(times, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(st.floats(0, 0.1), st.floats(0, 0.01), st.floats(0, 0.001))
 def test_costs_are_found_again(base, sequence, prompt):
     true = Costs(base, sequence, prompt)
@@ -75,7 +78,8 @@ def test_costs_need_steps():
     with pytest.raises(ValueError, match="cannot be found from 2 steps"):
         Costs.fit([Step(1, 0, 0.1)] * 2)
     falling = [Step(n, 0, 1.0 / n) for n in (1, 2, 4)]
-    assert Costs.fit(falling).sequence_s == 0
+    found = Costs.fit(falling)
+    assert found.sequence_s == 0 and found.base_s == pytest.approx(1.75 / 3), "fitted again without what is below zero"
 
 
 def test_the_rate_of_a_full_engine():

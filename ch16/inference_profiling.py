@@ -29,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn as nn
@@ -52,13 +52,14 @@ from ch16.profiling.tables import (
     BOUNDS_COLUMNS,
     KINDS_COLUMNS,
     Load,
+    bounds_row,
     bounds_rows,
     gap_share,
     kinds_row,
     work_of_phases,
 )
 from ch16.profiling.trace import Event, Trace, add_memory_track, read_trace, save_plain
-from ch16.profiling.work import Limits, Weights, Work, limits_of, require_countable, verdict
+from ch16.profiling.work import Limits, Weights, Work, limits_of, require_countable
 from common import cli, models
 from common.cli import CannotRun
 from common.engine import engine_args, prepare_environment, quiet, stop_engine
@@ -95,6 +96,11 @@ class Profile:
     spans: dict[str, Event]  # "prefill" and "decode" in the trace
     seconds: dict[str, float]  # wall time of each by the host's clock, the profiler running
 
+    @cached_property
+    def operations(self) -> list[dict]:
+        """Rows of OPERATION_COLUMNS: the ten with the most device time."""
+        return top_operations(self.trace, list(self.spans.values()))
+
     def parts(self) -> dict[str, dict[str, float]]:
         """Seconds of each kind of work by phase.
 
@@ -130,8 +136,8 @@ def profile_inference(
     """
     details = {"record_shapes": True, "profile_memory": True, "with_stack": stacks}
     profiled = record(partial(run_phases, model, input_ids), input_ids.is_cuda, trace_file, **details)
-    operations = top_operations(profiled.trace, list(profiled.spans.values()))
-    print(f"\nTop 10 operations by device time\n{format_table(operations, OPERATION_COLUMNS)}\n\nwritten: {trace_file}")
+    table = format_table(profiled.operations, OPERATION_COLUMNS)
+    print(f"\nTop 10 operations by device time\n{table}\n\nwritten: {trace_file}")
     return profiled
 
 
@@ -249,7 +255,7 @@ def modes_rows(
     device, batch = decoder.prompt.device, decoder.prompt.shape[0]
     modes, took = launch_modes(decoder, compiled)
     tokens, expected = decoder.logits_of(modes["eager"], DECODE_STEPS)
-    turns = [{name: decoder.seconds(step, DECODE_STEPS) for name, step in modes.items()} for _ in range(rounds)]
+    turns = [{name: run_steps(decoder, step)["decode"] for name, step in modes.items()} for _ in range(rounds)]
     rows, kinds = [], []
     for name, step in modes.items():
         tolerance = COMPILED_ERROR if "compiled" in name else SAME_ERROR
@@ -261,14 +267,16 @@ def modes_rows(
         parts = profiled.parts()["decode"]
         gaps = gap_share(parts, seconds, device.type)
         rows.append(
-            {"what": name, "step_ms": 1e3 * seconds / DECODE_STEPS, "tokens_per_s": batch * DECODE_STEPS / seconds,
-             "over_eager": percentile([turn["eager"] / turn[name] for turn in turns], 50),
-             "busy_ms": 1e3 * seconds * (1 - gaps) / DECODE_STEPS, "idle_percent": 100 * gaps,
-             "intensity": work.intensity, "tflop_per_s": work.flops / seconds / 1e12,
-             "memory_percent": 100 * work.bytes / seconds / limits.bytes_per_s,
-             "verdict": verdict(work, limits, gaps), "error_percent": 100 * error,
-             "same": int((choices == tokens).all(dim=0).sum()), "prepare_s": took[name]}
-        )  # fmt: skip
+            bounds_row(name, batch * DECODE_STEPS, work, seconds, gaps, limits)
+            | {
+                "step_ms": 1e3 * seconds / DECODE_STEPS,
+                "over_eager": percentile([turn["eager"] / turn[name] for turn in turns], 50),
+                "busy_ms": 1e3 * seconds * (1 - gaps) / DECODE_STEPS,
+                "error_percent": 100 * error,
+                "same": int((choices == tokens).all(dim=0).sum()),
+                "prepare_s": took[name],
+            }
+        )
         kinds.append(kinds_row(f"decode, {name}", parts, profiled.seconds["decode"]))
     return rows, kinds
 
@@ -372,8 +380,7 @@ def measure_torch(
         with tempfile.TemporaryDirectory() as folder:
             run = partial(run_phases, network, ids)
             profiled = record(run, ids.is_cuda, f"{folder}/trace.json", profile_memory=True)
-    operations = top_operations(profiled.trace, list(profiled.spans.values()))
-    report.keep("operations", "Top 10 operations by device time", operations, OPERATION_COLUMNS)
+    report.keep("operations", "Top 10 operations by device time", profiled.operations, OPERATION_COLUMNS)
     parts = profiled.parts()
     work = work_of_phases(weights, model.config, load, load.prompt)
     seconds = {name: cost[0][f"{name}_ms"] / 1e3 for name in parts}
@@ -419,7 +426,7 @@ def measure_vllm(
 ) -> None:
     """vLLM by its own profiler: the same tables from the trace of its worker."""
     machine = report.machine
-    longest = min(model.max_context, load.prompt + DECODE_STEPS + 2)
+    longest = load.prompt + load.steps + 2
     settings = engine_args(model, machine, quantization="none", tensor_parallel=1, max_model_len=longest,
                            max_num_seqs=load.batch) | {"seed": args.seed}  # fmt: skip
     settings["max_num_batched_tokens"] = max(longest, load.batch * load.prompt)  # all prompts in one step

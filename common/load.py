@@ -9,13 +9,21 @@ from typing import TYPE_CHECKING
 from common.timing import percentile
 
 if TYPE_CHECKING:
-    from vllm import LLM, RequestOutput
+    from vllm import LLM, RequestOutput, SamplingParams
 
 
 def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
     """`count` prompts of `length` random token ids: nothing to reuse, so prefix caching cannot flatter."""
     rng = random.Random(seed)
     return [[rng.randrange(10, vocab_size) for _ in range(length)] for _ in range(count)]
+
+
+def exactly(tokens_out: int) -> "SamplingParams":
+    """Sampling of just so many tokens, each step's outputs holding the new ones only."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(temperature=1.0, max_tokens=tokens_out, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
 
 
 def send_wave(
@@ -32,12 +40,7 @@ def send_wave(
     Returns:
         When each request was sent and when each of its tokens arrived: seconds, [N] and [N][tokens_out].
     """
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    sampling = SamplingParams(
-        temperature=1.0, max_tokens=tokens_out, ignore_eos=True, output_kind=RequestOutputKind.DELTA
-    )
+    sampling = exactly(tokens_out)
     engine = llm.llm_engine
     sent, arrived = [], [[] for _ in prompts]
     for i, prompt in enumerate(prompts):

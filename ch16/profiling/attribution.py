@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from ch16.profiling.trace import Event, Trace
 from common.results import Column
 
-GAPS = "launch gaps"
-KINDS = ("matrix products", "attention", "normalisation, element-wise", "memory copies", GAPS)
+PRODUCTS, ATTENTION, ELEMENTWISE = "matrix products", "attention", "normalisation, element-wise"
+COPIES, GAPS = "memory copies", "launch gaps"
+KINDS = (PRODUCTS, ATTENTION, ELEMENTWISE, COPIES, GAPS)
 
 # The first pattern that is found in the name decides; what none knows is element-wise. Kernel names are those of
 # cuBLAS, CUTLASS, cuDNN, FlashAttention, Triton and vLLM, operator names ATen's and vLLM's.
@@ -21,12 +22,12 @@ PATTERNS = tuple(
     (kind, re.compile(pattern, re.IGNORECASE))
     for kind, pattern in (
         # Fused by torch.compile: the name lists what went into it, products among them never.
-        ("normalisation, element-wise", r"^triton_(poi|red|per)|cpp_fused"),
-        ("memory copies", r"reshape_and_cache|kv_cache_update|memcpy|memset"),
-        ("attention", r"flash|fmha|sdpa|scaled_dot_product|attention|paged"),
-        ("matrix products", r"gemm|gemv|nvjet|cutlass|xmma|wgmma|split_?k|"
-                             r"::(addmm|b?mm|mv|dot|baddbmm|linear|matmul|_linear\w*)$|_mm$"),
-        ("memory copies", r"copy|CatArray|::(cat|clone|contiguous|fill_|zero_|zeros|embedding|index_select)$"),
+        (ELEMENTWISE, r"^triton_(poi|red|per)|cpp_fused"),
+        (COPIES, r"reshape_and_cache|kv_cache_update|memcpy|memset"),
+        (ATTENTION, r"flash|fmha|sdpa|scaled_dot_product|attention|paged"),
+        (PRODUCTS, r"gemm|gemv|nvjet|cutlass|xmma|wgmma|split_?k|"
+                   r"::(addmm|b?mm|mv|dot|baddbmm|linear|matmul|_linear\w*)$|_mm$"),
+        (COPIES, r"copy|CatArray|::(cat|clone|contiguous|fill_|zero_|zeros|embedding|index_select)$"),
         # Views, allocations and reading a number back move no data: they are the framework's own work.
         (GAPS, r"::(_?unsafe_view|view|v?split\w*|reshape|slice|t|transpose|permute|as_strided|(un)?squeeze|expand|"
                r"empty\w*|new_empty|chunk|narrow|select|alias|detach|item|_local_scalar_dense|result_type|(un)?flatten|"
@@ -45,7 +46,7 @@ OPERATION_COLUMNS = (
 
 def kind_of(name: str) -> str:
     """The kind of work that an operator or a kernel of this name does."""
-    return next((kind for kind, pattern in PATTERNS if pattern.search(name)), KINDS[2])
+    return next((kind for kind, pattern in PATTERNS if pattern.search(name)), ELEMENTWISE)
 
 
 def time_by_kind(trace: Trace, span: Event) -> dict[str, float]:

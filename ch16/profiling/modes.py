@@ -70,16 +70,6 @@ class Decoder:
                 self.token.copy_(given[:, i : i + 1])
         return torch.cat(tokens, dim=1), torch.cat(logits, dim=1)
 
-    def seconds(self, step: Callable[[], object], steps: int) -> float:
-        """Wall time of `steps` calls from the prompt on; on a GPU until the device is done."""
-        self.rewind()
-        synchronise(self.prompt.device)
-        started = time.perf_counter()
-        for _ in range(steps):
-            step()
-        synchronise(self.prompt.device)
-        return time.perf_counter() - started
-
 
 def synchronise(device: torch.device) -> None:
     """Wait until the device has done all it was given."""

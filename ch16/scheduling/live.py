@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ch16.scheduling.mix import Answer, Job
 from ch16.scheduling.simulate import Queue, Step
-from common.load import random_prompts
+from common.load import exactly, random_prompts
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -24,9 +24,6 @@ def serve(
     Returns:
         The answers, and every step that gave tokens, with those before it that gave none.
     """
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
     engine = llm.llm_engine
     prompts = [random_prompts(1, job.tokens_in, vocab_size, seed + i)[0] for i, job in enumerate(jobs)]
     order = sorted(range(len(jobs)), key=lambda i: jobs[i].arrival_s)
@@ -35,10 +32,8 @@ def serve(
     quiet_s = 0.0  # of steps that gave no token: parts of a long prompt
 
     def give(i: int) -> None:
-        sampling = SamplingParams(
-            max_tokens=jobs[i].tokens_out, ignore_eos=True, temperature=1.0, output_kind=RequestOutputKind.DELTA
-        )
-        engine.add_request(str(i), {"prompt_token_ids": prompts[i]}, sampling, priority=jobs[i].priority)
+        prompt = {"prompt_token_ids": prompts[i]}
+        engine.add_request(str(i), prompt, exactly(jobs[i].tokens_out), priority=jobs[i].priority)
 
     started = time.perf_counter()
     while len(last) < len(jobs):

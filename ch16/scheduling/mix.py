@@ -81,7 +81,7 @@ def wait_rows(
     end = max(answer.last_s for answer in answers)
     throughput = sum(answer.job.tokens_out for answer in answers) / end
     rows = []
-    for name in dict.fromkeys(sorted(group(answer.job) for answer in answers)):
+    for name in sorted({group(answer.job) for answer in answers}):
         inside = [answer for answer in answers if group(answer.job) == name]
         waits = [answer.ttft_s for answer in inside]
         row = {"policy": policy, "group": name, "count": len(waits), "tokens_per_s": throughput}

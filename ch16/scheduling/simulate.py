@@ -63,6 +63,7 @@ class Costs:
 class Queue(Protocol):
     """What decides who goes next: see InferenceScheduler."""
 
+    def __len__(self) -> int: ...
     def add_request(self, request: object, priority: int = 0, *, tokens: int = 1, tenant: str = "") -> object: ...  # noqa: D102
     def get_next_batch(self, max_batch_size: int = 32, max_tokens: int | None = None) -> list: ...  # noqa: D102
     def charge(self, tenant: str, tokens: float) -> None: ...  # noqa: D102
@@ -89,19 +90,17 @@ def simulate(jobs: Iterable[Job], queue: Queue, clock: Clock, costs: Costs, slot
     running: list[tuple[int, int, Job]] = []  # (step after which it is done, number, job)
     first_s: dict[int, float] = {}
     answers: list[Answer] = []
-    step = number = queued = 0
-    while following or running or queued:
-        if not running and not queued:
+    step = number = 0
+    while following or running or len(queue):
+        if not running and not len(queue):
             clock.now = max(clock.now, following.arrival_s)
         now = clock.now
         while following and following.arrival_s <= now:
             clock.now = following.arrival_s  # it came while steps were taken
             queue.add_request(following, following.priority, tokens=following.tokens_in, tenant=following.tenant)
-            queued += 1
             following = next(waiting, None)
         clock.now = now
-        joined = queue.get_next_batch(slots - len(running)) if len(running) < slots and queued else []
-        queued -= len(joined)
+        joined = queue.get_next_batch(slots - len(running)) if len(running) < slots else []
         names = range(number, number + len(joined))
         for name, job in zip(names, joined, strict=True):
             heapq.heappush(running, (step + job.tokens_out, name, job))

@@ -3,7 +3,7 @@
 #   ARGS=...  more flags for the script, e.g. make demo ARGS="--plot load.png"
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-quick lint format bench-serving bench-moe tables lock clean
+.PHONY: help install demo serve test test-quick lint format bench-serving bench-moe bench-gateway tables lock clean
 
 PY := .venv/bin/python
 export GPU TE PYTHON
@@ -37,6 +37,9 @@ bench-serving: install ## --serve against plain vLLM, same load, ratios
 
 bench-moe: install ## MoE dispatch paths against each other and vLLM's kernel, ratios
 	@$(PY) ch16/moe_benchmark.py --no-validation $(ARGS)
+
+bench-gateway: install ## the gateway against a direct connection and vllm-router, ratios (simulated replicas)
+	@$(PY) tests/bench/gateway.py $(ARGS)
 
 tables: install ## rewrite the READMEs' measured tables from results/*.json
 	@$(PY) -m common.results

@@ -40,6 +40,7 @@ from common.load import random_prompts, send_wave, summarise
 from common.models import Model
 from common.plots import draw, save_plot
 from common.results import Column, Report, Verdict, judge, not_applicable
+from common.server import listen
 
 if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment that prepare_environment sets
     from vllm import LLM
@@ -319,7 +320,7 @@ def serve(args: argparse.Namespace, vllm_flags: Sequence[str]) -> int:
 
     # The port is taken, and answers "loading", before the minutes of loading begin.
     from ch16.serving.layer import ServerSettings
-    from ch16.serving.process import LoadingResponder, listen, run_until_stopped
+    from ch16.serving.process import LoadingResponder, run_until_stopped
 
     listener = listen(args.host, args.port)
     responder = LoadingResponder(listener)

@@ -12,7 +12,6 @@ import pytest
 
 from common import results
 from common.gpu import detect
-from tests.ranks import TORCHRUN
 from tests.servers import Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,8 +28,7 @@ def commands():
 
 
 COMMANDS = list(dict.fromkeys((tuple(words), gpu) for words, gpu in commands()))
-STARTERS = {"python3": (sys.executable,), "torchrun": TORCHRUN}
-SCRIPTS = [(c, gpu) for c, gpu in COMMANDS if c[0] in STARTERS and not {"--serve", "--watch"} & set(c)]
+SCRIPTS = [(c, gpu) for c, gpu in COMMANDS if c[0] in ("python3", "torchrun") and not {"--serve", "--watch"} & set(c)]
 # In their --quick form several commands are the same one: it runs once.
 QUICK = dict.fromkeys(((*c, *(() if "--quick" in c else ("--quick",))), gpu) for c, gpu in SCRIPTS)
 WATCHES = [c for c, _ in COMMANDS if "--watch" in c]
@@ -48,14 +46,15 @@ def test_every_command_is_of_a_kind_that_is_run_here():
 @pytest.mark.parametrize(
     ("command", "gpu"), QUICK, ids=lambda value: " ".join(value) if isinstance(value, tuple) else ""
 )
-def test_script(command, gpu):
+def test_script(command, gpu, quick_run):
     """In its --quick form; a command for GPUs says in one line on a CPU why it cannot run."""
-    done = run([*STARTERS[command[0]], *command[1:]])
+    done = quick_run(*command)
     if gpu and detect().device == "cpu":
-        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert done.status == 1 and done.err.startswith("error: ") and done.err.count("\n") == 1
     else:
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "Claims of the chapter" in done.stdout and "Traceback" not in done.stderr
+        assert done.status == 0, done.err[-3000:]
+        assert "Claims of the chapter" in done.out and "Traceback" not in done.err
+        assert done.plot.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

@@ -16,24 +16,6 @@ from ch16.serving.layer import ServerSettings
 from common.cli import CannotRun, first_line
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket, not yet listening.
-
-    Raises:
-        CannotRun: the port is taken or not ours to take.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except (OSError, OverflowError) as error:
-        listener.close()
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CannotRun(f"cannot listen on {host}:{port}: {reason}; choose another --port") from None
-    return listener
-
-
 class LoadingResponder:
     """Answers on the server's socket while vLLM loads: alive, not ready.
 

@@ -1,6 +1,5 @@
 """The chapter's monitor by property, the claims, the command line, and the whole script on the real engine."""
 
-import json
 import subprocess
 import sys
 import threading
@@ -231,29 +230,14 @@ def test_bad_input_is_one_line(flags, status, message):
 
 
 @pytest.mark.slow
-def test_the_script_agrees_with_the_real_engine(tmp_path):
-    """Every comparison with the engine's metrics is made by the script itself, and a difference is an error.
-
-    A tiny shape: the README's command runs the bundled model.
-    """
-    command = [
-        sys.executable,
-        SCRIPT,
-        "--quick",
-        "--dummy-weights",
-        "tiny-llama",
-        "--json",
-        str(tmp_path / "kv.json"),
-        "--plot",
-        str(tmp_path / "kv.png"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    tables = json.loads((tmp_path / "kv.json").read_text())["tables"]
+def test_the_script_agrees_with_the_real_engine(quick_run):
+    """Every comparison with the engine's metrics is made by the script itself, and a difference is an error."""
+    done = quick_run("python3", "ch16/kv_cache_monitor.py", "--quick")
+    assert done.status == 0, done.err[-3000:]
+    tables = done.json["tables"]
     unrelated, shared, overload = tables["workloads"]["rows"]
     assert unrelated["hit_percent"] == 0 and unrelated["checked"] == unrelated["steps"]
     assert shared["hit_percent"] > 80 and shared["checked"] == shared["steps"]
     assert overload["evictions"] > 0 and overload["preemptions"] > 0 and overload["checked"] > 0
     reserved, paged = tables["fits"]["rows"]
     assert paged["fit"] > 10 * reserved["fit"]
-    assert (tmp_path / "kv.png").read_bytes().startswith(b"\x89PNG")

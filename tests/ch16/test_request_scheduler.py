@@ -1,12 +1,9 @@
 """The scheduler against a plain list for every policy, its bounds, threads, and the lab on the real engine."""
 
 import itertools
-import json
 import math
 import queue
 import random
-import subprocess
-import sys
 import threading
 import time
 
@@ -421,13 +418,11 @@ def test_the_claim(ratio, throughput, verdict):
 
 
 @pytest.mark.slow
-def test_the_script(tmp_path):
+def test_the_script(quick_run):
     """On the real engine: urgent requests do not wait, and with ageing nobody waits longer than the bound."""
-    files = ["--json", str(tmp_path / "s.json"), "--plot", str(tmp_path / "s.png")]
-    command = [sys.executable, SCRIPT, "--quick", "--requests", "5000", "--dummy-weights", "tiny-llama", *files]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    tables = json.loads((tmp_path / "s.json").read_text())["tables"]
+    done = quick_run("python3", "ch16/request_scheduler.py", "--quick")
+    assert done.status == 0, done.err[-3000:]
+    tables = done.json["tables"]
     live = tables["live"]["rows"]
     assert [row["group"] for row in live] == 3 * ["1 high", "2 normal", "3 low"]
     assert sum(row["count"] for row in live[:3]) == sum(row["count"] for row in live[3:6])
@@ -436,4 +431,3 @@ def test_the_script(tmp_path):
     assert simulated["strict priority", "1 high"]["p99_s"] < simulated["first come, first served", "1 high"]["p99_s"]
     heavy, light = tables["tenants"]["rows"][2:]
     assert light["p99_s"] < heavy["p99_s"]
-    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")

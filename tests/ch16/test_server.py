@@ -270,7 +270,15 @@ def test_priority_goes_first(server):
 # ---- the life of the process: one server for key, loading and draining, one to kill ----
 
 
-def test_key_loading_and_drain(tmp_path):
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory):
+    """A server that may be harmed, started beside the one of another test: starting one keeps one core busy."""
+    server = Server(tmp_path_factory.mktemp("victim")).start()
+    yield server
+    server.stop()
+
+
+def test_key_loading_and_drain(tmp_path, victim):
     server = Server(tmp_path, "--max-num-seqs", "4", "--drain-timeout", "60", env={"VLLM_API_KEY": "secret"})
     server.start()
     try:
@@ -324,22 +332,22 @@ def test_sigterm_while_loading_ends_everything(tmp_path):
         server.stop()
 
 
-def test_dead_engine_is_unhealthy_and_ends_the_server(tmp_path):
-    with Server(tmp_path) as server:
-        parent = psutil.Process(server.process.pid)
-        engines = [p for p in parent.children(recursive=True) if "EngineCore" in " ".join((p.name(), *p.cmdline()))]
-        assert engines, [p.name() for p in parent.children(recursive=True)]
-        engines[0].kill()
+def test_dead_engine_is_unhealthy_and_ends_the_server(victim):
+    server = victim.wait_ready()
+    parent = psutil.Process(server.process.pid)
+    engines = [p for p in parent.children(recursive=True) if "EngineCore" in " ".join((p.name(), *p.cmdline()))]
+    assert engines, [p.name() for p in parent.children(recursive=True)]
+    engines[0].kill()
 
-        def unhealthy():
-            try:
-                return requests.get(server.url + "/health", timeout=10).status_code == 503
-            except requests.ConnectionError:
-                return True
+    def unhealthy():
+        try:
+            return requests.get(server.url + "/health", timeout=10).status_code == 503
+        except requests.ConnectionError:
+            return True
 
-        wait_for(unhealthy)
-        assert server.process.wait(60) == 1, server.tail()
-        assert "\nerror: the engine died (its log is above)\n" in server.log.read_text()
+    wait_for(unhealthy)
+    assert server.process.wait(60) == 1, server.tail()
+    assert "\nerror: the engine died (its log is above)\n" in server.log.read_text()
 
 
 def test_a_taken_port_is_one_line(server):

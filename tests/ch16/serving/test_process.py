@@ -3,7 +3,7 @@ import socket
 import requests
 
 from ch16.serving.process import LoadingResponder
-from tests.servers import free_port
+from common.server import free_port
 
 
 def test_loading_responder_answers_and_hands_over():

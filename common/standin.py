@@ -1,0 +1,229 @@
+"""A stand-in for the production server: the same HTTP, tokens by a clock instead of a model. Everything it says is
+simulated, and its answers carry `x-simulated: 1`.
+
+It has the one property of an engine that matters to whoever stands in front of it: all running requests advance
+together, a step takes longer the more of them there are, and the rest waits.
+
+    python3 common/standin.py --port 8001 --step-ms 20 --slots 64
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import json
+import signal
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from common import cli
+from common.server import listen
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = "simulated"
+
+
+def standin_command(*flags: str) -> list[str]:
+    """The command line of a stand-in, for `ServerProcess`."""
+    return [sys.executable, str(Path(__file__).resolve()), *flags]
+
+
+@dataclass(eq=False)
+class Running:
+    """A request at the stand-in engine: tokens still to come, and where they go."""
+
+    name: str
+    prompt_tokens: int
+    left: int
+    tokens: asyncio.Queue = field(default_factory=asyncio.Queue)  # numbers from 1 on
+
+
+class Engine:
+    """Continuous batching by the clock: one token for each running request a step."""
+
+    def __init__(self, step_s: float, sequence_s: float, prefill_s: float, slots: int) -> None:
+        self._step_s, self._sequence_s, self._prefill_s, self._slots = step_s, sequence_s, prefill_s, slots
+        self.waiting: collections.deque[Running] = collections.deque()
+        self.running: list[Running] = []
+        self._work = asyncio.Event()
+
+    def add(self, request: Running) -> None:
+        """Let a request wait for a slot."""
+        self.waiting.append(request)
+        self._work.set()
+
+    def abort(self, request: Running) -> None:
+        """Nobody wants its tokens any more."""
+        for place in (self.waiting, self.running):
+            with contextlib.suppress(ValueError):
+                place.remove(request)
+
+    async def run(self) -> None:
+        """Step for ever."""
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while True:
+            if not (self.running or self.waiting):
+                self._work.clear()
+                await self._work.wait()
+            new = [self.waiting.popleft() for _ in range(min(self._slots - len(self.running), len(self.waiting)))]
+            self.running += new
+            prefill = sum(request.prompt_tokens for request in new) * self._prefill_s
+            step = self._step_s + len(self.running) * self._sequence_s + prefill
+            due = max(due, loop.time() - step) + step  # late by less than a step: the next one makes up for it
+            await asyncio.sleep(max(0.0, due - loop.time()))
+            for request in self.running:
+                request.left -= 1
+                request.tokens.put_nowait(request.left)
+            self.running = [request for request in self.running if request.left > 0]
+
+
+class StandIn:
+    """The HTTP side."""
+
+    def __init__(self, engine: Engine, journal: Path | None) -> None:
+        self._engine, self._journal = engine, journal
+        self._draining, self._in_flight = False, 0
+        self.stopped = asyncio.Event()
+
+    def app(self) -> web.Application:
+        """Routes as of `inference_serving.py --serve`."""
+        app = web.Application(client_max_size=4 << 20)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/ready", self._ready)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/v1/models", self._models)
+        for path in ("/generate", "/v1/completions", "/v1/chat/completions"):
+            app.router.add_post(path, self._infer)
+        return app
+
+    def stop(self) -> None:
+        """No new requests; those in flight finish."""
+        self._draining = True
+        if not self._in_flight:
+            self.stopped.set()
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def _ready(self, request: web.Request) -> web.Response:
+        state = "draining" if self._draining else "ready"
+        return web.json_response({"status": state}, status=503 if self._draining else 200)
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        running, waiting = len(self._engine.running), len(self._engine.waiting)
+        return web.Response(text=f"vllm:num_requests_running {running}\nvllm:num_requests_waiting {waiting}\n")
+
+    async def _infer(self, request: web.Request) -> web.StreamResponse:
+        if self._draining:
+            return web.json_response({"error": {"message": "the server is draining", "code": 503}}, status=503)
+        try:
+            content = await request.json()
+            text = content.get("messages") or content.get("prompt") or ""
+            size = len(text) if text and isinstance(text[0], int) else len(str(text)) // 4
+            tokens = int(content.get("max_completion_tokens", content.get("max_tokens", 16)))
+            if tokens < 1:
+                raise ValueError(f"max_tokens is {tokens}")
+        except (ValueError, AttributeError, TypeError) as error:
+            return web.json_response({"error": {"message": cli.first_line(error), "code": 400}}, status=400)
+        running = Running(request.headers.get("x-request-id", ""), max(1, size), tokens)
+        self._in_flight += 1
+        self._note(running, "started")
+        self._engine.add(running)
+        try:
+            answer = await (self._stream if content.get("stream") else self._whole)(request, running, tokens)
+            self._note(running, "finished")
+            return answer
+        finally:
+            self._engine.abort(running)
+            self._in_flight -= 1
+            if self._draining and not self._in_flight:
+                self.stopped.set()
+
+    def _note(self, running: Running, event: str) -> None:
+        if self._journal:
+            with open(self._journal, "a") as journal:
+                journal.write(json.dumps({"id": running.name, "event": event}) + "\n")
+
+    @staticmethod
+    def _part(path: str, number: int, last: bool, prompt_tokens: int) -> bytes:
+        """The JSON of one token of an answer, whose text is its number."""
+        text = f" {number}"
+        choice = {"/generate": {"text": text}, "/v1/completions": {"choices": [{"index": 0, "text": text}]}}.get(
+            path, {"choices": [{"index": 0, "delta": {"content": text}}]}
+        )
+        if "choices" in choice:
+            choice["choices"][0]["finish_reason"] = "length" if last else None
+        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": number, "total_tokens": prompt_tokens + number}
+        return json.dumps({"model": MODEL, **choice, "usage": usage}).encode()
+
+    async def _stream(self, request: web.Request, running: Running, tokens: int) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream", "x-simulated": "1"})
+        await response.prepare(request)  # at once, before there is a token, as vLLM does
+        left = tokens
+        while left:
+            left = await running.tokens.get()
+            part = self._part(request.path, tokens - left, not left, running.prompt_tokens)
+            await response.write(b"data: " + part + b"\n\n")
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def _whole(self, request: web.Request, running: Running, tokens: int) -> web.Response:
+        while await running.tokens.get():
+            pass
+        text = "".join(f" {number}" for number in range(1, tokens + 1))
+        usage = {
+            "prompt_tokens": running.prompt_tokens,
+            "completion_tokens": tokens,
+            "total_tokens": running.prompt_tokens + tokens,
+        }
+        choice = {"index": 0, "finish_reason": "length"}
+        choice |= {"message": {"role": "assistant", "content": text}} if "chat" in request.path else {"text": text}
+        body = {"text": text} if request.path == "/generate" else {"choices": [choice]}
+        return web.json_response({"model": MODEL, **body, "usage": usage}, headers={"x-simulated": "1"})
+
+
+async def serve(args: argparse.Namespace) -> None:
+    """Listen until a signal."""
+    engine = Engine(args.step_ms / 1e3, args.sequence_us / 1e6, args.prefill_us / 1e6, args.slots)
+    standin = StandIn(engine, args.journal)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, standin.stop)
+    loop.add_signal_handler(signal.SIGINT, standin.stopped.set)
+    steps = asyncio.create_task(engine.run())
+    runner = web.AppRunner(standin.app(), handler_cancellation=True, access_log=None, shutdown_timeout=0.5)
+    await runner.setup()
+    await web.SockSite(runner, listen(args.host, args.port), backlog=1024).start()
+    await standin.stopped.wait()
+    steps.cancel()
+    await runner.cleanup()
+
+
+def main() -> int:
+    """Parse the flags and serve."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--step-ms", type=float, default=20.0, help="a step of the engine; default: 20")
+    parser.add_argument("--sequence-us", type=float, default=0.0, help="more for each running request; default: 0")
+    parser.add_argument("--prefill-us", type=float, default=0.0, help="more for each new prompt token; default: 0")
+    parser.add_argument("--slots", type=cli.positive_int, default=64, help="requests that run together; default: 64")
+    parser.add_argument("--journal", type=Path, help="a file that gets a line when a request starts and finishes")
+    args = parser.parse_args()
+    import uvloop
+
+    uvloop.run(serve(args))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

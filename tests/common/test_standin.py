@@ -1,0 +1,62 @@
+import asyncio
+import json
+
+import openai
+import pytest
+import requests
+
+from common.server import ServerProcess
+from common.standin import Engine, Running, standin_command
+
+
+@pytest.fixture(scope="module")
+def standin(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("standin")
+    with ServerProcess(standin_command("--step-ms", "2", "--journal", str(folder / "journal")), folder) as server:
+        server.journal = folder / "journal"
+        yield server
+
+
+def test_speaks_the_openai_api_and_says_what_it_is(standin):
+    client = openai.OpenAI(base_url=standin.url + "/v1", api_key="-")
+    assert client.models.list().data[0].id == "simulated"
+    answer = client.completions.create(model="simulated", prompt="a b", max_tokens=4)
+    assert answer.choices[0].text == " 1 2 3 4" and answer.usage.completion_tokens == 4
+    messages = [{"role": "user", "content": "hi"}]
+    stream = client.chat.completions.create(model="simulated", messages=messages, max_tokens=3, stream=True)
+    parts = list(stream)
+    assert "".join(part.choices[0].delta.content for part in parts) == " 1 2 3"
+    assert [part.choices[0].finish_reason for part in parts] == [None, None, "length"]
+    assert requests.post(standin.url + "/generate", json={"prompt": "a"}, timeout=5).headers["x-simulated"] == "1"
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b'{"max_tokens": 0}', b'{"max_tokens": "x"}', b"\xff"])
+def test_bad_bodies(standin, body):
+    assert requests.post(standin.url + "/v1/completions", data=body, timeout=5).status_code == 400
+
+
+def test_the_journal_says_what_was_worked_on(standin):
+    headers = {"x-request-id": "abc"}
+    requests.post(standin.url + "/generate", json={"prompt": "a", "max_tokens": 2}, headers=headers, timeout=5)
+    lines = [json.loads(line) for line in standin.journal.read_text().splitlines()]
+    assert [line["event"] for line in lines if line["id"] == "abc"] == ["started", "finished"]
+
+
+def test_the_engine_steps_all_together_and_lets_the_rest_wait():
+    async def run():
+        engine = Engine(step_s=0.0, sequence_s=0.0, prefill_s=0.0, slots=2)
+        work = asyncio.create_task(engine.run())
+        requests_ = [Running(str(i), 1, tokens) for i, tokens in enumerate((3, 1, 2))]
+        for request in requests_:
+            engine.add(request)
+        first = [await requests_[0].tokens.get(), await requests_[1].tokens.get()]
+        assert first == [2, 0] and requests_[2].tokens.empty()  # two slots
+        assert [await requests_[2].tokens.get() for _ in range(2)] == [1, 0]
+        assert [requests_[0].tokens.get_nowait() for _ in range(2)] == [1, 0]
+        engine.add(gone := Running("gone", 1, 5))
+        engine.abort(gone)
+        await asyncio.sleep(0.01)
+        assert gone.tokens.empty() and not engine.running and not engine.waiting
+        work.cancel()
+
+    asyncio.run(run())

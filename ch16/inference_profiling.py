@@ -336,7 +336,7 @@ def main() -> int:
     machine = detect(args.device)
     quiet()
     if args.engine == "vllm":
-        prepare_environment(machine, in_process=True)
+        prepare_environment(machine)
     model = models.chosen(args, machine)
     require_countable(model)
     prompt = args.prompt_tokens or min(prompt_tokens_for(machine, args.quick), model.max_context - DECODE_STEPS - 2)

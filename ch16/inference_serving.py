@@ -255,7 +255,7 @@ def demo(args: argparse.Namespace) -> int:
     machine = detect(args.device)
     quiet()
     ranks = args.tensor_parallel or 1
-    prepare_environment(machine, ranks, in_process=ranks == 1)
+    prepare_environment(machine, ranks)
     model = models.chosen(args, machine)
     sizes = sizes_for(machine, args.quick)
     precisions = ["none", "fp8"] if args.compare_bf16 else [args.quantization]

@@ -355,7 +355,7 @@ def main() -> int:
 
     machine = detect(args.device)
     quiet()
-    prepare_environment(machine, in_process=True)
+    prepare_environment(machine)
     model = models.chosen(args, machine)
     return measure(args, machine, model)
 

@@ -34,7 +34,7 @@ from ch16.balancing.gateway import Gateway, Limits
 from ch16.balancing.lab import FAULT_COLUMNS, OUTCOME_COLUMNS, Plan, claim, fault_rows, outcome_rows, run_lab
 from ch16.balancing.picture import plot
 from common import cli, models
-from common.engine import prepare_environment
+from common.engine import quiet
 from common.gpu import Machine, detect
 from common.models import Model
 from common.results import Report
@@ -54,7 +54,7 @@ def plan_for(machine: Machine, fake: bool, quick: bool) -> Plan:
         return Plan(20, 25, 1.5 if quick else 3, 1.0, 4.0, 10)
     if machine.device == "cuda":
         return Plan(10, 64, 5, 2.0, 8.0, 30)
-    return Plan(1.5, 16, 8, 2.0, 8.0, 30)
+    return Plan(1.0, 48, 8, 2.0, 8.0, 30)
 
 
 # ---- mechanism: the chapter's balancer ----
@@ -239,9 +239,9 @@ def replica_commands(machine: Machine, model: Model | None, seed: int) -> list[t
     script = Path(__file__).with_name("inference_serving.py")
     weights = ["--dummy-weights", model.name] if model.dummy else ["--model", model.path]
     command = [sys.executable, str(script), "--serve", "--seed", str(seed), "--max-num-seqs", "32", *weights]
-    if machine.device == "cpu":  # few cores for many processes: none may wait by spinning
-        threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_SLEEP_WHEN_IDLE": "1"}
-        return [([*command, "--device", "cpu"], threads | {"VLLM_CPU_KVCACHE_SPACE": "1"}) for _ in range(REPLICAS)]
+    if machine.device == "cpu":  # one thread each, on few cores for many processes
+        threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        return [([*command, "--device", "cpu"], threads) for _ in range(REPLICAS)]
     share = 0.85 / math.ceil(REPLICAS / machine.count)
     memory = ["--tensor-parallel", "1", "--gpu-memory-utilization", f"{share:.2f}"]
     return [([*command, *memory], {"CUDA_VISIBLE_DEVICES": str(i % machine.count)}) for i in range(REPLICAS)]
@@ -255,7 +255,7 @@ def lab(args: argparse.Namespace) -> int:
     fake = args.fake_replicas or args.quick
     model = None
     if not fake:
-        prepare_environment(machine)
+        quiet()
         model = models.chosen(args, machine)
     plan = plan_for(machine, fake, args.quick)
     name = model.name if model else "simulated"

@@ -481,7 +481,7 @@ def main() -> int:
         return main_of_rank(args, machine)
     sizes = sizes_from(args, machine)
     if not (args.quick or args.no_validation):
-        prepare_environment(machine, in_process=True)
+        prepare_environment(machine)
     return main_alone(args, machine, sizes)
 
 

@@ -432,7 +432,7 @@ def main() -> int:
     args = parser.parse_args()
     machine = detect(args.device)
     quiet()
-    prepare_environment(machine, in_process=True)
+    prepare_environment(machine)
     measure(args, machine, models.chosen(args, machine))
     return 0
 

@@ -20,14 +20,12 @@ GPU_MEMORY_UTILIZATION = 0.90  # the chapter's: the rest is for CUDA graphs, NCC
 CPU_KV_CACHE_GIB = 2  # vLLM would take 92% of the RAM
 
 
-def prepare_environment(machine: Machine, ranks: int = 1, in_process: bool = False) -> None:
+def prepare_environment(machine: Machine, ranks: int = 1) -> None:
     """Set vLLM's environment variables, except those the user has set.
 
     Args:
         machine: where the engine will run.
         ranks: tensor-parallel ranks, as far as they are known before the model is.
-        in_process: on a CPU, run the engine in this process (vllm.LLM only): it starts in a third of the
-            time, and there is no second process to share two cores with.
 
     Raises:
         CannotRun: a CPU was asked for, and the installed vLLM is the one for GPUs.
@@ -42,11 +40,12 @@ def prepare_environment(machine: Machine, ranks: int = 1, in_process: bool = Fal
     }
     if machine.device == "cpu":
         variables["VLLM_CPU_KVCACHE_SPACE"] = str(CPU_KV_CACHE_GIB)
-        if in_process:
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # vLLM's binding wants a core for each rank and one more
+        if ranks == 1:
+            # No worker process: vllm.LLM runs all in this one, a server's engine computes in its own. That starts
+            # sooner, and no processes take cores from the computing by spinning while they wait for each other.
             variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        if in_process or ranks > 1:  # vLLM's binding wants a core for each rank and one more
-            variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        if ranks > 1:  # a sharded embedding would be compiled, which needs a C++ compiler on this machine
+        else:  # a sharded embedding would be compiled, which needs a C++ compiler on this machine
             variables["TORCHDYNAMO_DISABLE"] = "1"
     for name, value in variables.items():
         os.environ.setdefault(name, value)
@@ -59,6 +58,7 @@ def quiet() -> None:
 
     logging.getLogger("torch").setLevel(logging.ERROR)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of torch.profiler

@@ -41,7 +41,15 @@ class Running:
     name: str
     prompt_tokens: int
     left: int
-    tokens: asyncio.Queue = field(default_factory=asyncio.Queue)  # numbers from 1 on
+    tokens: asyncio.Queue = field(default_factory=asyncio.Queue)  # for each token, how many are still to come
+
+    def usage(self, tokens: int) -> dict[str, int]:
+        """The counts of an answer with so many tokens."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": tokens,
+            "total_tokens": self.prompt_tokens + tokens,
+        }
 
 
 class Engine:
@@ -140,7 +148,7 @@ class StandIn:
         self._note(running, "started")
         self._engine.add(running)
         try:
-            answer = await (self._stream if content.get("stream") else self._whole)(request, running, tokens)
+            answer = await (self._stream if content.get("stream") else self._whole)(request, running, content, tokens)
             self._note(running, "finished")
             return answer
         finally:
@@ -155,41 +163,45 @@ class StandIn:
                 journal.write(json.dumps({"id": running.name, "event": event}) + "\n")
 
     @staticmethod
-    def _part(path: str, number: int, last: bool, prompt_tokens: int) -> bytes:
-        """The JSON of one token of an answer, whose text is its number."""
-        text = f" {number}"
-        choice = {"/generate": {"text": text}, "/v1/completions": {"choices": [{"index": 0, "text": text}]}}.get(
-            path, {"choices": [{"index": 0, "delta": {"content": text}}]}
-        )
-        if "choices" in choice:
-            choice["choices"][0]["finish_reason"] = "length" if last else None
-        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": number, "total_tokens": prompt_tokens + number}
-        return json.dumps({"model": MODEL, **choice, "usage": usage}).encode()
+    def _event(path: str, number: int, last: bool, usage: dict | None) -> bytes:
+        """The event of one token of an answer, whose text is its number."""
+        text, finish = f" {number}", "length" if last else None
+        if path == "/generate":
+            content = {"text": text} | (usage or {})
+        else:
+            part = {"text": text} if path == "/v1/completions" else {"delta": {"content": text}}
+            content = {"model": MODEL, "choices": [{"index": 0, **part, "finish_reason": finish}]}
+            content |= {"usage": usage} if usage else {}
+        return f"data: {json.dumps(content)}\n\n".encode()
 
-    async def _stream(self, request: web.Request, running: Running, tokens: int) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, running: Running, content: dict, tokens: int) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream", "x-simulated": "1"})
         await response.prepare(request)  # at once, before there is a token, as vLLM does
-        left = tokens
+        options = content.get("stream_options") or {}
+        every, left = options.get("continuous_usage_stats"), tokens
         while left:
             left = await running.tokens.get()
-            part = self._part(request.path, tokens - left, not left, running.prompt_tokens)
-            await response.write(b"data: " + part + b"\n\n")
+            counted = every or (not left and request.path == "/generate")
+            usage = running.usage(tokens - left) if counted else None
+            await response.write(self._event(request.path, tokens - left, not left, usage))
+        if options.get("include_usage"):
+            end = {"model": MODEL, "choices": [], "usage": running.usage(tokens)}
+            await response.write(f"data: {json.dumps(end)}\n\n".encode())
         await response.write(b"data: [DONE]\n\n")
         return response
 
-    async def _whole(self, request: web.Request, running: Running, tokens: int) -> web.Response:
+    async def _whole(self, request: web.Request, running: Running, content: dict, tokens: int) -> web.Response:
         while await running.tokens.get():
             pass
         text = "".join(f" {number}" for number in range(1, tokens + 1))
-        usage = {
-            "prompt_tokens": running.prompt_tokens,
-            "completion_tokens": tokens,
-            "total_tokens": running.prompt_tokens + tokens,
-        }
-        choice = {"index": 0, "finish_reason": "length"}
-        choice |= {"message": {"role": "assistant", "content": text}} if "chat" in request.path else {"text": text}
-        body = {"text": text} if request.path == "/generate" else {"choices": [choice]}
-        return web.json_response({"model": MODEL, **body, "usage": usage}, headers={"x-simulated": "1"})
+        if request.path == "/generate":
+            body = {"text": text} | running.usage(tokens)
+        else:
+            part = {"text": text} if request.path == "/v1/completions" else {}
+            part = part or {"message": {"role": "assistant", "content": text}}
+            choice = {"index": 0, "finish_reason": "length", **part}
+            body = {"model": MODEL, "choices": [choice], "usage": running.usage(tokens)}
+        return web.json_response(body, headers={"x-simulated": "1"})
 
 
 async def serve(args: argparse.Namespace) -> None:

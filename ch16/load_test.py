@@ -37,7 +37,6 @@ from tqdm import tqdm
 from ch16.loadtest.client import Load, Objective, Target, run_load
 from ch16.loadtest.knee import GOOD_PERCENT, find_knee
 from ch16.loadtest.picture import plot
-from ch16.loadtest.trace import BLOCK_TOKENS, BUNDLED, Arrival, at_rate, mean_lengths, read_trace, shrink
 from common import cli, models
 from common.engine import prepare_environment, quiet
 from common.gpu import Machine, detect
@@ -45,6 +44,7 @@ from common.results import Column, Report, Verdict, judge
 from common.server import ServerProcess
 from common.standin import MODEL as STANDIN
 from common.standin import standin_command
+from common.traces import BLOCK_TOKENS, BUNDLED, Arrival, at_rate, mean_lengths, read_trace, shrink
 
 # ---- configuration ----
 
@@ -105,7 +105,7 @@ def server(args: argparse.Namespace, machine: Machine) -> Iterator[Target]:
     if args.quick:
         command = standin_command("--step-ms", "3", "--sequence-us", "300", "--prefill-us", "10", "--slots", "16")
     else:
-        model = models.chosen(args, machine)
+        model = models.resolve(args.model, machine)
         script = Path(__file__).with_name("inference_serving.py")
         command = [sys.executable, str(script), "--serve", "--model", model.path, "--device", machine.device]
     with tempfile.TemporaryDirectory() as folder, ServerProcess(command, Path(folder)) as process:

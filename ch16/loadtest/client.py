@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ch16.loadtest.trace import Arrival, write_timed_trace
 from common.cli import CannotRun
 from common.timing import percentile
+from common.traces import Arrival, write_timed_trace
 
 QUANTILES = (50, 90, 99)
 FIGURES = ("ttft", "tpot", "itl", "e2el")

@@ -1,0 +1,59 @@
+import math
+
+import pytest
+
+from ch16.loadtest.client import Load, Objective, Target, flags_for, run_load
+from common import models
+from common.cli import CannotRun
+from common.server import ServerProcess, free_port
+from common.standin import MODEL, standin_command
+from common.traces import BUNDLED, at_rate, read_trace, shrink
+
+OBJECTIVE = Objective(ttft_ms=1e6, tpot_ms=1e6)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("standin")
+    with ServerProcess(standin_command("--step-ms", "2", "--slots", "4"), folder) as server:
+        yield Target(server.url, MODEL, models.bundled().path)
+
+
+def test_flags(tmp_path):
+    target = Target("http://a:1", "m", "t")
+    load = Load(10, 64, 8, rate=2.5, burstiness=0.5, tokens_shared=16, at_once=3)
+    flags = " ".join(flags_for(target, load, Objective(200, 20), 7, tmp_path / "t"))
+    for part in (
+        "--base-url http://a:1", "--model m", "--num-prompts 10", "--seed 7", "--request-rate 2.5", "--burstiness 0.5",
+        "--random-input-len 48", "--random-prefix-len 16", "--random-output-len 8", "--max-concurrency 3",
+        "--goodput ttft:200 tpot:20",
+    ):  # fmt: skip
+        assert part in flags
+    assert "inf" in " ".join(flags_for(target, Load(10, 64, 8), None, 0, tmp_path / "t"))
+
+
+@pytest.mark.slow
+def test_a_row_of_figures(target):
+    row = run_load(target, Load(12, 32, 5, rate=200.0), OBJECTIVE)
+    assert row["errors"] == 0 and row["good_percent"] == pytest.approx(100) and row["goodput"] == row["answered"]
+    assert row["tokens_per_s"] == pytest.approx(5 * row["answered"])
+    assert row["offered"] > 0 and row["late_ms"] >= 0 and row["steady_tokens_per_s"] > 0
+    for figure in ("ttft", "tpot", "itl", "e2el"):
+        assert 0 < row[f"{figure}_p50_ms"] <= row[f"{figure}_p90_ms"] <= row[f"{figure}_p99_ms"]
+    assert row["e2el_p50_ms"] > row["ttft_p50_ms"]
+
+    hopeless = run_load(target, Load(4, 32, 5, at_once=2), Objective(1e-3, 1e6))
+    assert hopeless["goodput"] == hopeless["good_percent"] == 0 and hopeless["offered"] is None
+
+    trace = at_rate(shrink(read_trace(BUNDLED), 1 / 64, 100)[:20], 20, 200.0)
+    replayed = run_load(target, Load(20, 1, 1, trace=trace), OBJECTIVE)
+    sent = sum(arrival.tokens_out for arrival in trace)
+    assert replayed["tokens_per_s"] * replayed["seconds"] == pytest.approx(sent) and replayed["offered"] > 0
+
+
+@pytest.mark.slow
+def test_a_server_that_is_gone():
+    target = Target(f"http://127.0.0.1:{free_port()}", MODEL, models.bundled().path)
+    with pytest.raises(CannotRun) as error:
+        run_load(target, Load(2, 8, 2, rate=math.inf))
+    assert "\n" not in str(error.value)

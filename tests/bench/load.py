@@ -1,7 +1,8 @@
 """Does `load_test.py` report what `vllm bench serve` reports? (`make bench-load`)
 
 The production server gets the same load with the same seed from both, in turn, round after round; the figures are
-medians over the rounds. (They run the same measuring code, one in our process and one in its own: this checks the way there.)
+medians over the rounds. (They run the same measuring code, one in our process and one in its own: this checks the way
+there.)
 
     python3 tests/bench/load.py --json results/cpu/bench_load.json
 """

@@ -2,9 +2,11 @@
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 from common.cli import CannotRun
@@ -25,14 +27,17 @@ class Arrival:
     blocks: tuple[int, ...] = ()
 
 
-def read_trace(path: str | Path) -> list[Arrival]:
+def read_trace(path: str | Path, in_order: bool = False) -> list[Arrival]:
     """Read a trace, in order of arrival, from 0 s on.
 
     Two formats: Azure's (CSV: TIMESTAMP, ContextTokens, GeneratedTokens) and Mooncake's (JSON lines: timestamp in ms,
     input_length, output_length, hash_ids).
 
+    Args:
+        in_order: refuse a trace that goes back in time, as a recording that was put together wrongly does.
+
     Raises:
-        CannotRun: no such file, or neither format, with the line.
+        CannotRun: no such file, neither format, or not in order.
     """
     try:
         with open(path, newline="") as file:
@@ -46,6 +51,10 @@ def read_trace(path: str | Path) -> list[Arrival]:
         raise CannotRun(f"{path} is no trace of Azure's (.csv) or Mooncake's (.jsonl) form: {error}") from None
     if len(parsed) < 2:
         raise CannotRun(f"{path} holds {len(parsed)} requests, at least 2 are needed")
+    for number, (earlier, later) in enumerate(pairwise(parsed), start=2):
+        if in_order and later.at_s < earlier.at_s:
+            back_s = earlier.at_s - later.at_s
+            raise CannotRun(f"{path} goes back in time: request {number} comes {back_s:,.3f} s before the one above it")
     parsed.sort(key=lambda arrival: arrival.at_s)
     return [replace(arrival, at_s=arrival.at_s - parsed[0].at_s) for arrival in parsed]
 
@@ -62,8 +71,8 @@ def _mooncake(row: dict) -> Arrival:
 
 
 def _checked(arrival: Arrival) -> Arrival:
-    if arrival.tokens_in < 1 or arrival.tokens_out < 1:
-        raise ValueError(f"a request of {arrival.tokens_in} tokens in and {arrival.tokens_out} out")
+    if arrival.tokens_in < 1 or arrival.tokens_out < 1 or not math.isfinite(arrival.at_s):
+        raise ValueError(f"a request of {arrival.tokens_in} tokens in and {arrival.tokens_out} out at {arrival.at_s} s")
     return arrival
 
 

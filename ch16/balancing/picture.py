@@ -1,6 +1,7 @@
 """The picture of the lab: what became of the requests over time, one plot a path."""
 
 import collections
+import math
 from collections.abc import Mapping, Sequence
 
 from ch16.balancing.client import Answer
@@ -22,7 +23,7 @@ def plot(path: str, answers: Mapping[str, Sequence[Answer]], faults: Sequence[Fa
     figure, axes = draw(len(answers))
     start = min(answer.sent for seen in answers.values() for answer in seen)
     length = max(answer.sent for seen in answers.values() for answer in seen) - start
-    width = max(0.25, length / 60)
+    width = 0.5 if length < 30 else math.ceil(length / 60)  # whole seconds: each holds as many requests as the next
     for axis, (name, seen) in zip(axes, answers.items(), strict=True):
         bottom: collections.Counter[int] = collections.Counter()
         for outcome, color in COLORS.items():
@@ -34,11 +35,11 @@ def plot(path: str, answers: Mapping[str, Sequence[Answer]], faults: Sequence[Fa
                 axis.bar(places, heights, width, bottom=[bottom[i] for i in bins], color=color, label=outcome)
             bottom.update(counts)
         top = max(bottom.values())
-        for fault in faults:
+        for number, fault in enumerate(faults):
             axis.axvline(fault.at - start, color="gray", linestyle="--", linewidth=1)
-            axis.text(fault.at - start, 1.02 * top, f" {fault.name.split(',')[0]}", fontsize=8)
+            axis.text(fault.at - start, (1.02 + 0.07 * number) * top, f" {fault.name.split(',')[0]}", fontsize=8)
             axis.axvline(fault.ready_at - start, color="gray", linestyle=":", linewidth=1)
-        axis.set(title=name, xlabel="sent at, s", ylabel=f"requests in {width:.2g} s", ylim=(0, 1.35 * top))
+        axis.set(title=name, xlabel="sent at, s", ylabel=f"requests in {width:g} s", ylim=(0, 1.35 * top))
         axis.legend(loc="upper right", fontsize=8, ncols=2)
     save_plot(figure, path)
 

@@ -1,1 +1,1 @@
-"""What load_test.py is made of: vLLM's measuring code as a function, workloads, traces."""
+"""What load_test.py is made of: the search for the knee, the picture."""

@@ -15,6 +15,8 @@ def plot(path: str, rows: Sequence[dict], knee: float) -> None:
         for quantile, style in ((50, "-o"), (90, "--o"), (99, ":o")):
             axis.plot(throughput, [row[f"{figure_name}_p{quantile}_ms"] for row in rows], style, label=f"P{quantile}")
         axis.set(title=title, xlabel="output tok/s", ylabel="ms", yscale="log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.3)
         axis.legend()
     offered = [row["rate"] for row in rows]

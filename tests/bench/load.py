@@ -19,10 +19,10 @@ import statistics
 import subprocess
 import tempfile
 
-from ch16.loadtest.client import Load, Objective, Target, flags_for, run_load
 from common import cli, models
 from common.engine import prepare_environment, quiet
 from common.gpu import detect
+from common.loadclient import Load, Objective, Target, flags_for, run_load
 from common.results import Column, Report
 from tests.servers import Server
 

@@ -1,11 +1,12 @@
 import json
+import math
 import subprocess
 import sys
 
 import pytest
 
 from ch16 import load_test
-from ch16.loadtest.client import Load, Objective
+from common.loadclient import Load, Objective
 from common.traces import Arrival
 from tests.upstream import Upstream, reply, says
 
@@ -19,28 +20,51 @@ def row(**figures):
 class Recorder:
     """A tester that only remembers what it was asked for."""
 
-    def __init__(self, steady):
-        self.base, self.objective, self.asked, self._steady = Load(10, 40, 20), Objective(1, 1), [], steady
+    def __init__(self, steady, keeps=math.inf):
+        self.base, self.objective, self.asked = Load(10, 40, 20), Objective(1, 1), []
+        self._steady, self._keeps = steady, keeps
 
     def run(self, name, **changes):
         self.asked.append((name, changes))
-        return row(load=name, steady_tokens_per_s=self._steady)
+        trace = changes.get("trace")
+        rate = (len(trace) - 1) / trace[-1].at_s if trace else 0.0
+        good = 95.0 if rate <= self._keeps else 89.0
+        return row(load=name, steady_tokens_per_s=self._steady, good_percent=good)
+
+
+TRACE = [Arrival(0.0, 30, 10), Arrival(2.0, 50, 30)]  # 20 tokens out in the mean, as in the synthetic requests
 
 
 def test_the_capacity_is_compared_in_requests_of_the_same_lengths():
-    trace = [Arrival(0.0, 30, 10), Arrival(2.0, 50, 30)]  # 20 tokens out in the mean, as in the synthetic requests
-    tester = Recorder(steady=120.0)
-    rows, capacity = load_test.replay(tester, trace, 16, 4.0, row())
-    tokens, requests = capacity
+    tester = Recorder(steady=120.0, keeps=1e5)
+    _, capacity, kept = load_test.replay(tester, TRACE, 16, 4.0, row())
+    tokens, requests, knee = capacity
     assert (tokens["synthetic"], tokens["trace"]) == (100, 120)
     assert (requests["synthetic"], requests["trace"]) == (5, 6)
     assert requests["error_percent"] == pytest.approx(-100 / 6)
-    calm, flood = (changes["trace"] for _, changes in tester.asked)
+    assert (knee["synthetic"], knee["trace"], knee["error_percent"], kept) == (4, 4, 0, 4)
+    flood, calm = (changes["trace"] for _, changes in tester.asked)
     assert calm[-1].at_s == pytest.approx(1 / 4.0) and flood[-1].at_s < 1e-5
-    assert load_test.claim(capacity, rows[0], 4.0).verdict == "fails"
-    capacity[1]["error_percent"] = 14.0
-    verdict = load_test.claim(capacity, rows[0], 4.0)
-    assert verdict.verdict == "holds" and "+14.0%" in verdict.measured and "95%" in verdict.measured
+
+
+def test_the_trace_goes_slower_until_it_keeps_the_objective():
+    tester = Recorder(steady=120.0, keeps=2.0)
+    rows, capacity, kept = load_test.replay(tester, TRACE, 16, 4.0, row())
+    assert [row["rate"] for row in rows[1:]] == [4, 3, 2] and kept == 2
+    assert capacity[2]["error_percent"] == pytest.approx(100)
+    rows, capacity, kept = load_test.replay(Recorder(120.0, keeps=0.5), TRACE, 16, 4.0, row())
+    assert rows[-1]["rate"] == 1 and kept == 0 and capacity[2]["error_percent"] is None
+    assert load_test.replay(Recorder(120.0), TRACE, 16, 0.0, row())[2] == 0  # no knee: nothing to compare
+
+
+@pytest.mark.parametrize(
+    ("error", "knee", "kept", "verdict"),
+    [(14.0, 4, 4, "holds"), (-16.0, 4, 4, "fails"), (1.0, 4, 3, "fails"), (1.0, 0, 0, "fails")],
+)
+def test_the_claim_asks_for_both(error, knee, kept, verdict):
+    capacity = [{}, {"synthetic": 5.0, "trace": 5.0, "error_percent": error}]
+    judged = load_test.claim(capacity, knee, kept)
+    assert judged.verdict == verdict and f"{error:+.1f}%" in judged.measured
 
 
 def test_users_of_the_closed_loop_follow_from_littles_law():
@@ -82,7 +106,9 @@ def test_the_script(quick_run):
     assert done.status == 0, done.err[-3000:]
     tables = done.json["tables"]
     assert all(row["errors"] == 0 for table in ("rates", "shapes") for row in tables[table]["rows"])
-    assert [row["what"] for row in tables["capacity"]["rows"]] == ["output tok/s", "requests/s"]
+    assert [row["what"] for row in tables["capacity"]["rows"]] == [
+        "full server, output tok/s", "full server, requests/s", "knee, requests/s"
+    ]  # fmt: skip
     assert "simulated" in tables["rates"]["title"] and done.json["claims"][0]["claim"] == "W1"
     one, full, *rates = tables["rates"]["rows"]
     assert one["tokens_per_s"] < full["tokens_per_s"]

@@ -35,6 +35,17 @@ def test_mooncakes_form(tmp_path):
     assert read_trace(file) == [Arrival(0.0, 6755, 500, (1, 2, 3)), Arrival(3.0, 6000, 20, (1, 2, 9))]
 
 
+def test_a_trace_that_must_be_in_order(tmp_path):
+    file = tmp_path / "trace.csv"
+    lines = ["TIMESTAMP,ContextTokens,GeneratedTokens", *(f"2023-11-16 18:15:{at},5,4" for at in (46, 50, 50, 47.5))]
+    file.write_text("\n".join(lines[:4]))
+    assert [arrival.at_s for arrival in read_trace(file, in_order=True)] == [0, 4, 4]
+    file.write_text("\n".join(lines))
+    assert [arrival.at_s for arrival in read_trace(file)] == [0, 1.5, 4, 4]
+    with pytest.raises(CannotRun, match=r"goes back in time: request 4 comes 2\.500 s before the one above it"):
+        read_trace(file, in_order=True)
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -48,6 +59,7 @@ def test_mooncakes_form(tmp_path):
         ("a.jsonl", '{"timestamp": 1}\n'),
         ("a.jsonl", '{"timestamp": 1, "input_length": 5, "output_length": 5, "hash_ids": []}\n'),  # only one
         ("a.jsonl", b"\xff\xfe"),
+        ("a.jsonl", '{"timestamp": NaN, "input_length": 5, "output_length": 5, "hash_ids": []}\n' * 2),
     ],
 )
 def test_files_that_are_no_traces(tmp_path, name, text):

@@ -2,9 +2,9 @@ import math
 
 import pytest
 
-from ch16.loadtest.client import Load, Objective, Target, flags_for, run_load
 from common import models
 from common.cli import CannotRun
+from common.loadclient import Load, Objective, Target, flags_for, run_load
 from common.server import ServerProcess, free_port
 from common.standin import MODEL, standin_command
 from common.traces import BUNDLED, at_rate, read_trace, shrink

@@ -54,7 +54,7 @@ from ch16.moe.experts import (
 from ch16.moe.patterns import PATTERN_COLUMNS, RANKS, measure_patterns, plot_patterns
 from ch16.moe.planner import Workload, gpus_needed, link_between_gpus
 from ch16.moe.presets import PRESETS, Preset, from_config, require_memory, those_that_fit
-from ch16.moe.ranks import RANK_COLUMNS, measure_ranks
+from ch16.moe.ranks import RANK_COLUMNS, measure_ranks, plot_ranks
 from ch16.moe.routing import PATTERNS, expert_load, make_routing
 from ch16.moe.trained import TRAINED_COLUMNS, balance_rows, read_with
 from common import cli, models
@@ -447,6 +447,8 @@ def main_of_rank(args: argparse.Namespace, machine: Machine) -> int:
             why = "a plan is made by one process: run without torchrun"
             report.claims([not_applicable("M1", why), uneven_load_claim(rows, f"over {ranks.world_size} ranks")])
             report.save(args.json)
+            if args.plot:
+                plot_ranks(args.plot, rows)
     return 0
 
 
@@ -470,8 +472,8 @@ def main() -> int:
     args = parser.parse_args()
     one_of_many = int(os.environ.get("WORLD_SIZE", 1)) > 1
     plan_flags = (args.sequences, args.target_tok_s, args.link_gb_s, args.link_latency_us, args.no_validation)
-    if one_of_many and any((args.model, args.text, args.plot, *plan_flags)):
-        parser.error("--model, --text, --plot and the flags of the plan belong to a run without torchrun")
+    if one_of_many and any((args.model, args.text, *plan_flags)):
+        parser.error("--model, --text and the flags of the plan belong to a run without torchrun")
     if args.target_tok_s and args.preset and not PRESETS[args.preset].layers:
         parser.error(f"--target-tok-s needs a whole model; of {args.preset} only the layer of experts is known here")
 

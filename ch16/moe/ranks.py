@@ -1,5 +1,7 @@
 """Expert parallelism measured: experts spread over this run's processes, against one process alone."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
@@ -10,6 +12,7 @@ from ch16.moe.routing import PATTERNS, expert_load, make_routing, rank_load, req
 from common.cli import CannotRun
 from common.distributed import Ranks
 from common.gpu import Machine
+from common.plots import draw, save_plot
 from common.results import Column
 
 RANK_COLUMNS = (
@@ -90,6 +93,23 @@ def measure_ranks(
                 }
             )
     return rows
+
+
+def plot_ranks(path: str, rows: Sequence[dict]) -> None:
+    """Where the time of a layer goes, a stack for each routing, one plot for each number of tokens."""
+    sizes = sorted({row["tokens"] for row in rows})
+    figure, axes = draw(len(sizes))
+    for axis, tokens in zip(axes, sizes, strict=True):
+        shown = [row for row in rows if row["tokens"] == tokens]
+        names, below = [row["pattern"] for row in shown], [0.0] * len(shown)
+        for part in ("compute", "imbalance", "exchange", "rest"):
+            heights = [max(0.0, row[f"{part}_ms"]) for row in shown]  # the rest is a difference: noise can turn it
+            axis.bar(names, heights, bottom=below, label=part)
+            below = [low + height for low, height in zip(below, heights, strict=True)]
+        axis.plot(names, [row["step_ms"] for row in shown], "k_", markersize=24, label="layer, measured whole")
+        axis.set(title=f"{tokens:,} tokens a rank, ms", ylim=(0, 1.3 * max(row["step_ms"] for row in shown)))
+        axis.legend(loc="upper center", ncols=3)
+    save_plot(figure, path)
 
 
 def _largest_difference(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,0 +1,1 @@
+"""What serving_layouts.py is made of: arithmetic of a layout, its processes, pictures."""

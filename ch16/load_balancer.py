@@ -8,6 +8,7 @@ when an answer breaks off.
     python3 ch16/load_balancer.py                    # the lab: three replicas of vLLM, and what can happen to them
     python3 ch16/load_balancer.py --fake-replicas    # the same in seconds, on stand-ins (simulated)
     python3 ch16/load_balancer.py --servers gpu1:8000,gpu2:8000 --port 9000 --policy prefix     # the gateway
+    python3 ch16/load_balancer.py --discover inference-server:8000 --port 9000     # for all addresses that a name has
 
 How to read the lab's first table: each row sent requests at the same rate and met the same faults. `lost` failed
 although the client had seen no byte of an answer; `cut off` ended in the middle, and was either told so or not.
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import logging
 import math
@@ -27,9 +29,10 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ch16.balancing.breaker import CircuitBreaker, NoServer
+from ch16.balancing.discovery import addresses
 from ch16.balancing.gateway import Gateway, Limits
 from ch16.balancing.lab import FAULT_COLUMNS, OUTCOME_COLUMNS, Plan, claim, fault_rows, outcome_rows, run_lab
 from ch16.balancing.picture import plot
@@ -66,6 +69,7 @@ class Lease:
 
     server: str
     trial: bool
+    state: "_Server" = field(repr=False, compare=False)
 
 
 @dataclass
@@ -86,7 +90,7 @@ class LoadBalancer:
     Servers that are not ready, or whose breaker is open, are left out.
 
     Args:
-        servers: names, such as `host:port`; each once.
+        servers: names, such as `host:port`; each once. `add` and `remove` change them.
         policy: one of the three.
         breaker: makes one for each server.
     """
@@ -97,11 +101,11 @@ class LoadBalancer:
         policy: str = "round-robin",
         breaker: Callable[[], CircuitBreaker] = CircuitBreaker,
     ) -> None:
-        if not servers or len(set(servers)) < len(servers):
-            raise ValueError("a balancer needs at least one server, and each once")
+        if len(set(servers)) < len(servers):
+            raise ValueError("each server once")
         if policy not in POLICIES:
             raise ValueError(f"no policy '{policy}'; there are {', '.join(POLICIES)}")
-        self.servers, self.policy = tuple(servers), policy
+        self.servers, self.policy, self._breaker = tuple(servers), policy, breaker
         self._states = {name: _Server(breaker()) for name in servers}
         self._next = 0
         self._lock = threading.Lock()
@@ -123,15 +127,29 @@ class LoadBalancer:
         """As `get_server`; the request counts as in flight until `give_back`."""
         with self._lock:
             server = self._choose(prefix, exclude)
-            self._states[server].in_flight += 1
-            return Lease(server, self._states[server].breaker.began())
+            state = self._states[server]
+            state.in_flight += 1
+            return Lease(server, state.breaker.began(), state)
 
     def give_back(self, lease: Lease, ok: bool | None) -> None:
         """The request has ended: well, or not; None says nothing about the server (the client left)."""
         with self._lock:
-            state = self._states[lease.server]
-            state.in_flight -= 1
-            state.breaker.ended(ok, lease.trial)
+            lease.state.in_flight -= 1
+            lease.state.breaker.ended(ok, lease.trial)
+
+    def add(self, server: str) -> None:
+        """One server more. It takes requests once `set_ready` says so."""
+        with self._lock:
+            if server in self._states:
+                raise ValueError("each server once")
+            self.servers += (server,)
+            self._states[server] = _Server(self._breaker(), ready=False)
+
+    def remove(self, server: str) -> None:
+        """One server less: no more requests for it; those in flight go on."""
+        with self._lock:
+            del self._states[server]
+            self.servers = tuple(name for name in self.servers if name != server)
 
     def set_ready(self, server: str, ready: bool) -> bool:
         """What an active check found. Returns whether it is news; a server that comes back starts afresh."""
@@ -203,16 +221,18 @@ def serve(args: argparse.Namespace) -> int:
         retries=args.retries,
         max_body_bytes=args.max_body_bytes,
     )
-    balancer = LoadBalancer(args.servers, args.policy)
+    balancer = LoadBalancer(args.servers or (), args.policy)
     keys = (
         args.api_key or os.environ.get("GATEWAY_API_KEY", ""),
         args.server_key or os.environ.get("VLLM_API_KEY", ""),
     )
-    gateway = Gateway(balancer, limits, *keys, ready_path=args.ready_path)
+    find = functools.partial(addresses, *args.discover) if args.discover else None
+    gateway = Gateway(balancer, limits, *keys, ready_path=args.ready_path, find=find)
     listener = listen(args.host, args.port)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # else a traceback for every malformed request
-    print(f"gateway on http://{args.host}:{args.port} for {', '.join(args.servers)} ({args.policy})", flush=True)
+    servers = ", ".join(args.servers or ("{}:{}".format(*args.discover),))
+    print(f"gateway on http://{args.host}:{args.port} for {servers} ({args.policy})", flush=True)
     uvloop.run(gateway.run(listener))
     return 0
 
@@ -227,6 +247,15 @@ def server_list(text: str) -> list[str]:
     if len(set(servers)) < len(servers):
         raise argparse.ArgumentTypeError("each server once")
     return servers
+
+
+def name_and_port(text: str) -> tuple[str, int]:
+    """argparse type: name:port, one of them."""
+    servers = server_list(text)
+    if len(servers) > 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is more than one name")
+    name, _, port = servers[0].rpartition(":")
+    return name, int(port)
 
 
 # ---- measurement: the lab ----
@@ -307,7 +336,11 @@ def main() -> int:
     """Parse the flags, then run the gateway or the lab."""
     parser = cli.standard_parser(__doc__, model_help="of the lab: auto, bundled, a folder, or a hub id")
     gateway = parser.add_argument_group("gateway")
-    gateway.add_argument("--servers", type=server_list, metavar="HOST:PORT,...", help="run the gateway for these")
+    servers = gateway.add_mutually_exclusive_group()
+    servers.add_argument("--servers", type=server_list, metavar="HOST:PORT,...", help="run the gateway for these")
+    servers.add_argument(
+        "--discover", type=name_and_port, metavar="NAME:PORT", help="run it for all addresses of a name, as they change"
+    )
     gateway.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines")
     gateway.add_argument("--port", type=int, default=9000, help="where it listens")
     gateway.add_argument("--policy", choices=POLICIES, default="least-in-flight", help="who takes the next request")
@@ -315,20 +348,20 @@ def main() -> int:
     gateway.add_argument("--server-key", default="", help="sent to the servers; or VLLM_API_KEY")
     gateway.add_argument("--ready-path", default="/ready", help="200 there: takes requests; /health for a plain vLLM")
     gateway.add_argument("--retries", type=cli.non_negative_int, default=Limits.retries, help="more servers to try")
-    for flag, field, what in (
+    for flag, limit, what in (
         ("--first-byte-timeout", "first_byte_s", "for the first byte of an answer"),
         ("--idle-timeout", "idle_s", "between two parts of an answer"),
         ("--request-timeout", "request_s", "for a client to send its request"),
         ("--check-interval", "check_s", "between two checks of a server"),
         ("--drain-timeout", "drain_s", "after SIGTERM, for requests in flight"),
     ):
-        gateway.add_argument(flag, type=cli.positive_float, default=getattr(Limits, field), metavar="S", help=what)
+        gateway.add_argument(flag, type=cli.positive_float, default=getattr(Limits, limit), metavar="S", help=what)
     gateway.add_argument("--max-body-bytes", type=cli.positive_int, default=Limits.max_body_bytes, help="then 413")
     laboratory = parser.add_argument_group("lab")
     laboratory.add_argument("--fake-replicas", action="store_true", help="stand-ins without a model; also with --quick")
     models.dummy_weights_flag(laboratory)
     args = parser.parse_args()
-    return serve(args) if args.servers else lab(args)
+    return serve(args) if args.servers or args.discover else lab(args)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,32 @@
-"""The chapter's Prometheus metrics, defined once. Labels are few and bounded.
+"""Every Prometheus series that this repository exports, defined once. Labels are few and bounded.
 
-inference_requests_total{outcome}      Counter    every request that asked for inference
-inference_latency_seconds              Histogram  first byte of the request to last byte of the answer
-inference_active_requests              Gauge      accepted and not yet answered
-inference_throughput_tokens_per_sec    Gauge      output tokens/s over the last ten seconds
+A server (`inference_serving.py --serve`, beside vLLM's own series; its stand-in, too):
+
+    inference_requests_total{outcome}      Counter    every request that asked for inference
+    inference_latency_seconds              Histogram  first byte of the request to last byte of the answer
+    inference_active_requests              Gauge      accepted and not yet answered
+    inference_throughput_tokens_per_sec    Gauge      output tokens/s over the last ten seconds
+    inference_draining                     Gauge      1: told to stop, and finishing what it has
+
+The gateway, with `server` out of those it was given:
+
+    gateway_requests_total{outcome}        Counter    every request of a client
+    gateway_retries_total                  Counter    requests that went on to another server
+    gateway_first_byte_seconds             Histogram  request to the first byte of its answer
+    gateway_in_flight{server}              Gauge      requests at a server
+    gateway_server_ready{server}           Gauge      1: its checks say so
+    gateway_breaker_open{server}           Gauge      1: it failed just now
+    gateway_draining                       Gauge      1: told to stop, and finishing what it has
 """
 
+import contextlib
+import functools
+import inspect
+import time
 from collections import deque
+from collections.abc import Callable, Mapping
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 # What became of a request. Latency is observed for the first three: those the engine worked on.
 OUTCOMES = ("ok", "error", "cancelled", "invalid", "rejected")
@@ -17,10 +35,18 @@ LATENCY_BUCKETS = (
     0.01, 0.015, 0.025, 0.04, 0.06, 0.1, 0.15, 0.25, 0.4, 0.6, 1, 1.5, 2.5, 4, 6,
     10, 15, 25, 40, 60, 100, 150, 250, 400, 600,
 )  # fmt: skip
+GATEWAY_OUTCOMES = (
+    "ok",  # a whole answer of a replica that is no server error
+    "error",  # a server error: the replica's own, or none could answer
+    "truncated",  # broken off in the middle; the client was told
+    "rejected",  # by the gateway itself: key, size, path, draining
+    "cancelled",  # the client left
+)
+FIRST_BYTE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class InferenceMetrics:
-    """The four metrics on one registry.
+    """The series of a server, on one registry.
 
     Raises:
         ValueError: the registry already has them.
@@ -35,8 +61,110 @@ class InferenceMetrics:
         self.throughput = Gauge(
             "inference_throughput_tokens_per_sec", "Output tokens per second, last 10 s", registry=registry
         )
+        self.draining = Gauge("inference_draining", "1: finishing its last requests", registry=registry)
         for outcome in OUTCOMES:  # a series that exists from the start can be alerted on
             self.requests.labels(outcome)
+
+    def process_request(self, function: Callable) -> Callable:
+        """Decorator: a call of the function is a request, counted, active, and timed, also if it fails.
+
+        The function may be plain or async, or a generator of either kind that streams an answer: such a request is
+        active from the first part that is asked for until the stream ends or is closed.
+        """
+        if inspect.isasyncgenfunction(function):
+
+            async def tracked(*args: object, **kwargs: object) -> object:
+                with self.request():
+                    async with contextlib.aclosing(function(*args, **kwargs)) as parts:
+                        async for part in parts:
+                            yield part
+
+        elif inspect.isgeneratorfunction(function):
+
+            def tracked(*args: object, **kwargs: object) -> object:
+                with self.request():
+                    return (yield from function(*args, **kwargs))
+
+        elif inspect.iscoroutinefunction(function):
+
+            async def tracked(*args: object, **kwargs: object) -> object:
+                with self.request():
+                    return await function(*args, **kwargs)
+
+        else:
+
+            def tracked(*args: object, **kwargs: object) -> object:
+                with self.request():
+                    return function(*args, **kwargs)
+
+        return functools.wraps(function)(tracked)
+
+    def request(self, accepted: bool = True) -> "TrackedRequest":
+        """`with metrics.request():` is the decorator for a block; `accepted=False`: it may yet be refused."""
+        return TrackedRequest(self, accepted)
+
+
+class TrackedRequest:
+    """One request, as a context manager around all that is done for it.
+
+    When the block ends it is counted by `outcome`, one of OUTCOMES; if an exception ends it, as `error`, or as
+    `cancelled` when that only stops the work (a task that is cancelled, a stream that is closed).
+    """
+
+    def __init__(self, metrics: InferenceMetrics, accepted: bool) -> None:
+        self._metrics, self._accepted = metrics, accepted
+        self.outcome = "ok"
+
+    def accept(self) -> None:
+        """It will not be refused: it is active from now on, and its latency counts (from the start of the block)."""
+        self._accepted = True
+        self._metrics.active.inc()
+
+    def __enter__(self) -> "TrackedRequest":
+        self._came = time.perf_counter()
+        if self._accepted:
+            self.accept()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.outcome = "error" if issubclass(kind, Exception) else "cancelled"
+        self._metrics.requests.labels(self.outcome).inc()
+        if self._accepted:
+            self._metrics.active.dec()
+            if self.outcome in OUTCOMES[:3]:
+                self._metrics.latency.observe(time.perf_counter() - self._came)
+
+
+class GatewayMetrics:
+    """The gateway's series, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self.requests = Counter("gateway_requests", "Requests by what became of them", ["outcome"], registry=registry)
+        self.retries = Counter("gateway_retries", "Requests that went on to another server", registry=registry)
+        self.first_byte = Histogram(
+            "gateway_first_byte_seconds",
+            "Request to the first byte of its answer",
+            buckets=FIRST_BYTE_BUCKETS,
+            registry=registry,
+        )
+        self.draining = Gauge("gateway_draining", "1: finishing its last requests", registry=registry)
+        self._states = {
+            "in_flight": Gauge("gateway_in_flight", "Requests at a server", ["server"], registry=registry),
+            "ready": Gauge("gateway_server_ready", "1: its checks say so", ["server"], registry=registry),
+            "breaker_open": Gauge("gateway_breaker_open", "1: it failed just now", ["server"], registry=registry),
+        }
+        for outcome in GATEWAY_OUTCOMES:
+            self.requests.labels(outcome)
+
+    def render(self, states: Mapping[str, Mapping[str, float]]) -> bytes:
+        """The page of /metrics, with the state of each server there is now."""
+        for name, gauge in self._states.items():
+            gauge.clear()  # a server that was taken away leaves no series behind
+            for server, state in states.items():
+                gauge.labels(server).set(state[name])
+        return generate_latest(self._registry)
 
 
 class Rate:

@@ -14,19 +14,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
 import asyncio
+import bisect
 import collections
 import contextlib
+import itertools
 import json
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from aiohttp import web
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from common import cli
+from common.metrics import InferenceMetrics, Rate, TrackedRequest
 from common.server import listen
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "simulated"
+KV_TOKENS = 512  # that the cache holds for each slot
+# A part of vLLM's buckets, in seconds.
+BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 
 
 def standin_command(*flags: str) -> list[str]:
@@ -42,6 +51,9 @@ class Running:
     prompt_tokens: int
     left: int
     tokens: asyncio.Queue = field(default_factory=asyncio.Queue)  # for each token, how many are still to come
+    made: int = 0
+    came: float = 0.0  # when it was added, and when it got its first token
+    first: float = 0.0
 
     def usage(self, tokens: int) -> dict[str, int]:
         """The counts of an answer with so many tokens."""
@@ -52,17 +64,44 @@ class Running:
         }
 
 
+class Latencies:
+    """A histogram of seconds."""
+
+    def __init__(self) -> None:
+        self._counts, self._sum = [0] * (len(BUCKETS) + 1), 0.0
+
+    def observe(self, seconds: float, times: int = 1) -> None:
+        """Count it, so many times."""
+        self._counts[bisect.bisect_left(BUCKETS, seconds)] += times
+        self._sum += seconds * times
+
+    def buckets(self) -> tuple[list[tuple[str, float]], float]:
+        """Upper bounds with the observations up to them, and the sum of all."""
+        bounds = [*(str(float(bound)) for bound in BUCKETS), "+Inf"]
+        return list(zip(bounds, itertools.accumulate(self._counts), strict=True)), self._sum
+
+
 class Engine:
-    """Continuous batching by the clock: one token for each running request a step."""
+    """Continuous batching by the clock: one token for each running request a step. It counts as vLLM does."""
 
     def __init__(self, step_s: float, sequence_s: float, prefill_s: float, slots: int) -> None:
         self._step_s, self._sequence_s, self._prefill_s, self._slots = step_s, sequence_s, prefill_s, slots
+        self.generated = self.queried = self.hit = 0  # tokens: of answers, of prompts, of prompts seen before
+        self.ttft, self.itl, self.tpot, self.e2e = Latencies(), Latencies(), Latencies(), Latencies()
+        self._seen: dict[object, None] = {}  # the last prompts, oldest first
         self.waiting: collections.deque[Running] = collections.deque()
         self.running: list[Running] = []
         self._work = asyncio.Event()
 
-    def add(self, request: Running) -> None:
-        """Let a request wait for a slot."""
+    def add(self, request: Running, prompt: object = None) -> None:
+        """Let a request wait for a slot. A prompt it has seen lately counts as a hit of the prefix cache."""
+        request.came = asyncio.get_running_loop().time()
+        self.queried += request.prompt_tokens
+        if prompt in self._seen:
+            self.hit += request.prompt_tokens - 1  # the last one has to be computed
+        elif len(self._seen) == 1000:
+            del self._seen[next(iter(self._seen))]
+        self._seen[prompt] = None
         self.waiting.append(request)
         self._work.set()
 
@@ -75,7 +114,7 @@ class Engine:
     async def run(self) -> None:
         """Step for ever."""
         loop = asyncio.get_running_loop()
-        due = loop.time()
+        due = now = loop.time()
         while True:
             if not (self.running or self.waiting):
                 self._work.clear()
@@ -86,19 +125,67 @@ class Engine:
             step = self._step_s + len(self.running) * self._sequence_s + prefill
             due = max(due, loop.time() - step) + step  # late by less than a step: the next one makes up for it
             await asyncio.sleep(max(0.0, due - loop.time()))
+            now, before = loop.time(), now
+            self.itl.observe(now - before, sum(request.made > 0 for request in self.running))
             for request in self.running:
                 request.left -= 1
+                request.made += 1
                 request.tokens.put_nowait(request.left)
+                if request.made == 1:
+                    request.first = now
+                    self.ttft.observe(now - request.came)
+                if not request.left:
+                    self.e2e.observe(now - request.came)
+                    self.tpot.observe((now - request.first) / max(1, request.made - 1))
+            self.generated += len(self.running)
             self.running = [request for request in self.running if request.left > 0]
+
+    def usage(self) -> float:
+        """The part of the KV cache that the running requests hold."""
+        held = sum(request.prompt_tokens + request.made for request in self.running)
+        return min(1.0, held / (self._slots * KV_TOKENS))
+
+    def collect(self) -> Iterator[Metric]:
+        """The series of vLLM that dashboards and alerts read, for a Prometheus registry."""
+        labels = {"model_name": MODEL, "engine": "0"}
+        gauges = {
+            "num_requests_running": len(self.running),
+            "num_requests_waiting": len(self.waiting),
+            "kv_cache_usage_perc": self.usage(),
+        }
+        counters = {
+            "generation_tokens": self.generated,
+            "prefix_cache_queries": self.queried,
+            "prefix_cache_hits": self.hit,
+            "num_preemptions": 0,
+        }
+        histograms = {
+            "time_to_first_token_seconds": self.ttft,
+            "inter_token_latency_seconds": self.itl,
+            "request_time_per_output_token_seconds": self.tpot,
+            "e2e_request_latency_seconds": self.e2e,
+        }
+        for kind, values in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+            for name, value in values.items():
+                family = kind(f"vllm:{name}", "Simulated", labels=labels)
+                family.add_metric(labels.values(), value)
+                yield family
+        for name, latencies in histograms.items():
+            family = HistogramMetricFamily(f"vllm:{name}", "Simulated", labels=labels)
+            family.add_metric(labels.values(), *latencies.buckets())
+            yield family
 
 
 class StandIn:
     """The HTTP side."""
 
-    def __init__(self, engine: Engine, journal: Path | None) -> None:
-        self._engine, self._journal = engine, journal
+    def __init__(self, engine: Engine, journal: Path | None, count_always: bool = False) -> None:
+        self._engine, self._journal, self._count_always = engine, journal, count_always
         self._draining, self._in_flight = False, 0
         self.stopped = asyncio.Event()
+        self._registry = CollectorRegistry()
+        self._registry.register(engine)
+        self._counts, self._rate = InferenceMetrics(self._registry), Rate()
 
     def app(self) -> web.Application:
         """Routes as of `inference_serving.py --serve`."""
@@ -114,6 +201,7 @@ class StandIn:
     def stop(self) -> None:
         """No new requests; those in flight finish."""
         self._draining = True
+        self._counts.draining.set(1)
         if not self._in_flight:
             self.stopped.set()
 
@@ -128,10 +216,19 @@ class StandIn:
         return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        running, waiting = len(self._engine.running), len(self._engine.waiting)
-        return web.Response(text=f"vllm:num_requests_running {running}\nvllm:num_requests_waiting {waiting}\n")
+        now = asyncio.get_running_loop().time()
+        self._counts.throughput.set(self._rate.update(now, self._engine.generated))
+        headers = {"content-type": "text/plain; version=0.0.4; charset=utf-8"}
+        return web.Response(body=generate_latest(self._registry), headers=headers)
 
     async def _infer(self, request: web.Request) -> web.StreamResponse:
+        with self._counts.request(accepted=False) as counted:
+            answer = await self._answer(request, counted)
+            if answer.status >= 400:
+                counted.outcome = "rejected" if answer.status == 503 else "invalid"
+            return answer
+
+    async def _answer(self, request: web.Request, counted: TrackedRequest) -> web.StreamResponse:
         if self._draining:
             return web.json_response({"error": {"message": "the server is draining", "code": 503}}, status=503)
         try:
@@ -145,8 +242,9 @@ class StandIn:
             return web.json_response({"error": {"message": cli.first_line(error), "code": 400}}, status=400)
         running = Running(request.headers.get("x-request-id", ""), max(1, size), tokens)
         self._in_flight += 1
+        counted.accept()
         self._note(running, "started")
-        self._engine.add(running)
+        self._engine.add(running, str(text))
         try:
             answer = await (self._stream if content.get("stream") else self._whole)(request, running, content, tokens)
             self._note(running, "finished")
@@ -178,7 +276,7 @@ class StandIn:
         response = web.StreamResponse(headers={"content-type": "text/event-stream", "x-simulated": "1"})
         await response.prepare(request)  # at once, before there is a token, as vLLM does
         options = content.get("stream_options") or {}
-        every, left = options.get("continuous_usage_stats"), tokens
+        every, left = self._count_always or options.get("continuous_usage_stats"), tokens
         while left:
             left = await running.tokens.get()
             counted = every or (not left and request.path == "/generate")
@@ -207,7 +305,7 @@ class StandIn:
 async def serve(args: argparse.Namespace) -> None:
     """Listen until a signal."""
     engine = Engine(args.step_ms / 1e3, args.sequence_us / 1e6, args.prefill_us / 1e6, args.slots)
-    standin = StandIn(engine, args.journal)
+    standin = StandIn(engine, args.journal, args.count_always)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, standin.stop)
     loop.add_signal_handler(signal.SIGINT, standin.stopped.set)
@@ -229,6 +327,9 @@ def main() -> int:
     parser.add_argument("--sequence-us", type=float, default=0.0, help="more for each running request; default: 0")
     parser.add_argument("--prefill-us", type=float, default=0.0, help="more for each new prompt token; default: 0")
     parser.add_argument("--slots", type=cli.positive_int, default=64, help="requests that run together; default: 64")
+    parser.add_argument(  # vllm-router does not pass on that a client asks for it
+        "--count-always", action="store_true", help="usage in every event, asked for or not"
+    )
     parser.add_argument("--journal", type=Path, help="a file that gets a line when a request starts and finishes")
     args = parser.parse_args()
     import uvloop

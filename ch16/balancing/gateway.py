@@ -18,6 +18,7 @@ import secrets
 import signal
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -28,8 +29,10 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from ch16.balancing.breaker import NoServer
-from ch16.balancing.metrics import GatewayMetrics
+from ch16.balancing.dashboard import PAGE, PAGE_HEADERS, Dashboard
+from ch16.balancing.discovery import Find
 from ch16.balancing.wire import ENDS_WITH_DONE, PatientServer, WholeEvents, end_to_end, prefix_of
+from common.metrics import GatewayMetrics
 
 if TYPE_CHECKING:
     from ch16.load_balancer import Lease, LoadBalancer
@@ -60,6 +63,7 @@ class Limits:
     request_s: float = 30.0  # for a client to send its request
     check_s: float = 0.25  # between two checks of /ready
     check_timeout_s: float = 1.0
+    find_s: float = 2.0  # between two questions which servers there are
     drain_s: float = 30.0
     retries: int = 2  # a request that kills its server must not kill all of them
     max_body_bytes: int = 4 << 20
@@ -114,6 +118,7 @@ class Gateway:
         key: clients must send it as a bearer token; "": none is asked for.
         server_key: sent to the servers; "": what the client sent, if no `key` is asked for.
         ready_path: where a server says 200 if it takes requests.
+        find: which servers there are now, where they come and go; None: those of the balancer, always.
     """
 
     def __init__(
@@ -123,11 +128,14 @@ class Gateway:
         key: str = "",
         server_key: str = "",
         ready_path: str = "/ready",
+        find: Find | None = None,
     ) -> None:
-        self._balancer, self._limits, self._ready_path = balancer, limits, ready_path
+        self._balancer, self._limits, self._ready_path, self._find = balancer, limits, ready_path, find
         self._key, self._server_key = key and hashlib.sha256(key.encode()).digest(), server_key
         self._metrics = GatewayMetrics()
-        self._waiting: dict[str, set[asyncio.Timeout]] = {name: set() for name in balancer.servers}
+        self._dashboard = Dashboard(self._metrics_of, balancer.states)
+        self._waiting: dict[str, set[asyncio.Timeout]] = defaultdict(set)
+        self._checks: dict[str, asyncio.Task] = {}
         self._down: set[str] = set()
         self._in_flight = 0
         self._idle, self._stopped = asyncio.Event(), asyncio.Event()
@@ -147,7 +155,8 @@ class Gateway:
         async with aiohttp.ClientSession(
             connector=connector, timeout=timeout, auto_decompress=False, cookie_jar=jar
         ) as self._session:
-            await asyncio.gather(*(self._check(server) for server in self._waiting))
+            await self._look_for_servers()
+            await asyncio.gather(*(self._check(server) for server in self._balancer.servers))
             self._server = PatientServer(
                 self._handle,
                 self._limits.request_s,
@@ -159,12 +168,14 @@ class Gateway:
             runner = web.ServerRunner(self._server, shutdown_timeout=0.5)
             await runner.setup()
             await web.SockSite(runner, listener, backlog=1024).start()
-            checks = [asyncio.create_task(self._keep_checking(server)) for server in self._waiting]
+            for server in self._balancer.servers:
+                self._checks[server] = asyncio.create_task(self._keep_checking(server))
+            looking = asyncio.create_task(self._keep_looking())
             gc.collect()
             gc.freeze()  # what is here stays: looking through it again and again would delay tokens by milliseconds
             await self._stopped.wait()
-            for check in checks:
-                check.cancel()
+            for task in (looking, *self._checks.values()):
+                task.cancel()
             await runner.cleanup()
 
     def _stop(self) -> None:
@@ -172,6 +183,7 @@ class Gateway:
             self._stopped.set()
         else:
             self._draining = asyncio.create_task(self._drain())
+            self._metrics.draining.set(1)
 
     async def _drain(self) -> None:
         with contextlib.suppress(TimeoutError):
@@ -181,7 +193,29 @@ class Gateway:
                     await self._idle.wait()
         self._stopped.set()
 
-    # ---- are the servers ready? ----
+    # ---- which servers are there, and are they ready? ----
+
+    async def _keep_looking(self) -> None:
+        while self._find:
+            await asyncio.sleep(self._limits.find_s)
+            for server in await self._look_for_servers():
+                self._checks[server] = asyncio.create_task(self._keep_checking(server))
+
+    async def _look_for_servers(self) -> set[str]:
+        """Let the balancer know of servers that are new (they are returned) and of those that are gone."""
+        found, known = await self._find() if self._find else None, set(self._balancer.servers)
+        if found is None:
+            return set()
+        for server in known - found:
+            self._balancer.remove(server)
+            self._checks.pop(server).cancel()
+            self._waiting.pop(server, None)
+            self._down.discard(server)
+            logger.warning("%s is gone", server)
+        for server in found - known:
+            self._balancer.add(server)
+            logger.warning("%s is new", server)
+        return found - known
 
     async def _keep_checking(self, server: str) -> None:
         silent = 0
@@ -211,6 +245,18 @@ class Gateway:
             logger.warning("%s is %s", server, "ready" if ready else "down" if down else "not ready")
         return silent
 
+    async def _metrics_of(self, server: str) -> str | None:
+        """A server's /metrics, for the dashboard; None if it gives none."""
+        plain = {"accept-encoding": "identity"}  # this session passes bodies on as they are
+        try:
+            async with asyncio.timeout(self._limits.check_timeout_s):
+                async with self._session.get(
+                    f"http://{server}/metrics", headers=plain, allow_redirects=False
+                ) as answer:
+                    return await answer.text(errors="replace") if answer.status == 200 else None
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return None
+
     # ---- one request ----
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -225,6 +271,12 @@ class Gateway:
         if path == "/metrics":
             page = self._metrics.render(self._balancer.states())
             return web.Response(body=page, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
+        if path == "/dashboard/data":
+            if not self._has_key(request):
+                return json_answer(401, {"status": "a valid API key is needed"})
+            return json_answer(200, await self._dashboard.data(), {"cache-control": "no-store"})
+        if path == "/dashboard":  # for everybody: there is nothing in it before somebody gives the key
+            return web.Response(text=PAGE, headers=PAGE_HEADERS)
 
         name = request.headers.get("x-request-id", "")
         call = Call(name if REQUEST_ID.fullmatch(name) else secrets.token_hex(8))
@@ -249,11 +301,8 @@ class Gateway:
         """Everything that is checked before a server hears of a request. Raises Refused."""
         if self._draining:
             raise Refused(503, "the gateway is draining")
-        if self._key:
-            scheme, _, key = request.headers.get("authorization", "").partition(" ")
-            digest = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
-            if scheme.lower() != "bearer" or not secrets.compare_digest(digest, self._key):
-                raise Refused(401, "a valid API key is needed")
+        if not self._has_key(request):
+            raise Refused(401, "a valid API key is needed")
         if not (request.path == "/generate" or request.path.startswith("/v1/")) or ".." in request.path.split("/"):
             raise Refused(404, "only /generate and /v1/ are passed on")
         limit, parts, size = self._limits.max_body_bytes, [], 0
@@ -274,6 +323,13 @@ class Gateway:
         call.body = b"".join(parts)
         if self._balancer.policy == "prefix":
             call.prefix = prefix_of(call.body)
+
+    def _has_key(self, request: web.BaseRequest) -> bool:
+        if not self._key:
+            return True
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        digest = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+        return scheme.lower() == "bearer" and secrets.compare_digest(digest, self._key)
 
     async def _answer(self, request: web.BaseRequest, call: Call) -> web.StreamResponse:
         """Try servers until one answers, as long as that is safe."""

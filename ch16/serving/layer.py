@@ -5,7 +5,7 @@ vLLM's does not have, and touches the engine nowhere:
 
     POST /generate     a short spelling of /v1/completions
     GET  /ready        takes traffic? 503 while draining (and while loading, see process.py)
-    /metrics           the chapter's four inference_* metrics beside vLLM's own
+    /metrics           the chapter's inference_* metrics beside vLLM's own
     429, 413, 400      a bound on queued work, on body and prompt size; unknown fields are refused
     SIGTERM            no new requests, those in flight finish, exit 0
 
@@ -96,20 +96,16 @@ class ServingLayer:
     # ---- one inference request ----
 
     async def _infer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        outcome, started = "cancelled", time.perf_counter()
-        try:
-            scope, body, answer, places = await self._accept(scope, receive, send)
-            outcome = await self._forward(scope, replay(body, receive), answer, places, started)
-        except ClientGone:
-            pass
-        except Refused as refusal:
-            outcome = "rejected" if refusal.status in (429, 503) else "invalid"
-            await send_error(send, refusal)
-        except Exception:
-            outcome = "error"
-            raise
-        finally:
-            self._metrics.requests.labels(outcome).inc()
+        with self._metrics.request(accepted=False) as request:
+            try:
+                scope, body, answer, places = await self._accept(scope, receive, send)
+                request.accept()
+                request.outcome = await self._forward(scope, replay(body, receive), answer, places)
+            except ClientGone:
+                request.outcome = "cancelled"
+            except Refused as refusal:
+                request.outcome = "rejected" if refusal.status in (429, 503) else "invalid"
+                await send_error(send, refusal)
 
     async def _accept(self, scope: Scope, receive: Receive, send: Send) -> tuple[Scope, bytes, Send, int]:
         """Read, check and admit a request. Returns what goes on to vLLM, and the places it takes.
@@ -126,7 +122,7 @@ class ServingLayer:
         self._admit(places)
         return scope, body, send, places
 
-    async def _forward(self, scope: Scope, receive: Receive, send: Send, places: int, started: float) -> str:
+    async def _forward(self, scope: Scope, receive: Receive, send: Send, places: int) -> str:
         """Let vLLM answer, and return what became of it (see common.metrics.OUTCOMES)."""
         status, failed, finished, gone = 0, False, False, False
 
@@ -147,32 +143,20 @@ class ServingLayer:
 
         self._in_flight += places
         self._idle.clear()
-        self._metrics.active.inc()
         try:
             await self._app(scope, watched_receive, watched_send)
-            if gone or not finished:
-                outcome = "cancelled"
-            elif status >= 500 or failed:
-                outcome = "rejected" if status == 503 else "error"
-            elif status >= 400:
-                outcome = "rejected" if status == 429 else "invalid"
-            else:
-                outcome = "ok"
-        except asyncio.CancelledError:
-            outcome = "cancelled"
-            raise
-        except Exception:
-            outcome = "error"
-            raise
         finally:
-            self._metrics.active.dec()
             self._in_flight -= places
             self._finished_count += places
             if self._in_flight == 0:
                 self._idle.set()
-            if outcome in ("ok", "error", "cancelled"):
-                self._metrics.latency.observe(time.perf_counter() - started)
-        return outcome
+        if gone or not finished:
+            return "cancelled"
+        if status >= 500 or failed:
+            return "rejected" if status == 503 else "error"
+        if status >= 400:
+            return "rejected" if status == 429 else "invalid"
+        return "ok"
 
     def _check(self, scope: Scope, body: bytes, send: Send) -> tuple[Scope, bytes, Send, int]:
         """Parse and limit a JSON request; rewrite /generate. Returns what goes on to vLLM, and its places."""
@@ -295,6 +279,7 @@ class ServingLayer:
             self._server.should_exit = True
             return
         self._draining = self._settings.stopped_by_signal = True
+        self._metrics.draining.set(1)
         self._spawn(self._drain(timeout_s))
 
     async def _drain(self, timeout_s: float) -> None:

@@ -104,7 +104,8 @@ def main() -> int:
     report.print_card()
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        replicas = [stack.enter_context(ServerProcess(standin_command("--slots", "512"), folder)) for _ in range(3)]
+        standin = standin_command("--slots", "512", "--count-always")
+        replicas = [stack.enter_context(ServerProcess(standin, folder)) for _ in range(3)]
         gateway_command = [sys.executable, str(ROOT / "ch16" / "load_balancer.py"), "--policy", "round-robin"]
         addresses = ",".join(replica.address for replica in replicas)
         gateway = stack.enter_context(ServerProcess([*gateway_command, "--servers", addresses], folder))

@@ -4,6 +4,8 @@ import json
 import openai
 import pytest
 import requests
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
 
 from common.server import ServerProcess
 from common.standin import Engine, Running, standin_command
@@ -40,6 +42,52 @@ def test_the_journal_says_what_was_worked_on(standin):
     requests.post(standin.url + "/generate", json={"prompt": "a", "max_tokens": 2}, headers=headers, timeout=5)
     lines = [json.loads(line) for line in standin.journal.read_text().splitlines()]
     assert [line["event"] for line in lines if line["id"] == "abc"] == ["started", "finished"]
+
+
+def metrics(standin):
+    """The sum of each series on /metrics."""
+    page = requests.get(standin.url + "/metrics", timeout=5).text
+    found = {}
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            name = sample.name + sample.labels.get("outcome", "")
+            found[name] = found.get(name, 0) + sample.value
+    return found
+
+
+def test_it_counts_as_a_server_does(standin):
+    before = metrics(standin)
+    for prompt in ("some words to count", "some words to count"):
+        body = {"prompt": prompt, "max_tokens": 5}
+        assert requests.post(standin.url + "/generate", json=body, timeout=5).status_code == 200
+    requests.post(standin.url + "/generate", json={"max_tokens": 0}, timeout=5)
+    after = metrics(standin)
+    gained = {name: value - before[name] for name, value in after.items() if value != before[name]}
+    assert gained["vllm:generation_tokens_total"] == 10 and gained["vllm:inter_token_latency_seconds_count"] == 8
+    assert gained["vllm:time_to_first_token_seconds_count"] == gained["vllm:e2e_request_latency_seconds_count"] == 2
+    assert gained["vllm:request_time_per_output_token_seconds_count"] == 2
+    assert (gained["vllm:prefix_cache_queries_total"], gained["vllm:prefix_cache_hits_total"]) == (8, 3)
+    assert (gained["inference_requests_totalok"], gained["inference_requests_totalinvalid"]) == (2, 1)
+    assert gained["inference_latency_seconds_count"] == 2 and after["inference_active_requests"] == 0
+
+
+def test_the_engine_shows_what_its_requests_hold():
+    async def run():
+        engine = Engine(step_s=0.0, sequence_s=0.0, prefill_s=0.0, slots=1)
+        registry = CollectorRegistry()
+        registry.register(engine)
+        engine.add(Running("", 56, 2))
+        engine.add(Running("", 56, 2))
+        work = asyncio.create_task(engine.run())
+        while not engine.generated:
+            await asyncio.sleep(0)
+        labels = {"model_name": "simulated", "engine": "0"}
+        assert registry.get_sample_value("vllm:num_requests_running", labels) == 1
+        assert registry.get_sample_value("vllm:num_requests_waiting", labels) == 1
+        assert registry.get_sample_value("vllm:kv_cache_usage_perc", labels) == pytest.approx(57 / 512)
+        work.cancel()
+
+    asyncio.run(run())
 
 
 def test_the_engine_steps_all_together_and_lets_the_rest_wait():

@@ -483,6 +483,7 @@ def test_the_gateway_drains_itself(replicas, tmp_path):
         wait_for(lambda: metric(gateway, "gateway_first_byte_seconds_count") == 2)
         gateway.process.send_signal(signal.SIGTERM)
         wait_for(lambda: requests.get(gateway.url + "/ready", timeout=10).status_code == 503)
+        assert metric(gateway, "gateway_draining") == 1
         answer = post(gateway)
         assert answer.status_code == 503 and "draining" in answer.text
         for thread in threads:

@@ -238,9 +238,10 @@ def test_drain_waits_for_what_is_in_flight(layer, engine):
         engine.gate.clear()
         inside = asyncio.ensure_future(Client(layer).run())
         await asyncio.sleep(0.05)
+        assert layer.registry.get_sample_value("inference_draining") == 0
         layer._stop(60.0)
         await asyncio.sleep(0.05)
-        assert not layer._server.should_exit
+        assert not layer._server.should_exit and layer.registry.get_sample_value("inference_draining") == 1
         assert (await Client(layer).run()).status == 503
         ready = await Client(layer, "/ready", method="GET").run()
         assert (ready.status, ready.json) == (503, {"status": "draining"})

@@ -1,0 +1,172 @@
+"""Live figures for a person: the page of /dashboard draws what /dashboard/data says.
+
+The servers' /metrics are read when somebody looks, at most every INTERVAL_S however many look, and never otherwise. A
+point of the charts is what the counters and histograms gained between two readings.
+"""
+
+import asyncio
+import base64
+import hashlib
+import re
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+INTERVAL_S = 2.0
+POINTS = 150  # five minutes
+LATENCIES = {"ttft": "vllm:time_to_first_token_seconds", "itl": "vllm:inter_token_latency_seconds"}
+GAUGES = {"running": "vllm:num_requests_running", "waiting": "vllm:num_requests_waiting"}
+USAGE = "vllm:kv_cache_usage_perc"
+TOKENS, QUERIES, HITS = (
+    f"vllm:{name}_total" for name in ("generation_tokens", "prefix_cache_queries", "prefix_cache_hits")
+)
+NAMES = [USAGE, *GAUGES.values(), TOKENS, QUERIES, HITS, *(f"{name}_bucket" for name in LATENCIES.values())]
+# The client library's parser takes 30 times as long, and the gateway passes tokens on meanwhile.
+SERIES = re.compile(
+    rf"^({'|'.join(NAMES)})"
+    r'(?:\{((?:[^"}]|"(?:[^"\\]|\\.)*")*)\})? (-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)(?!\S)',
+    re.MULTILINE,
+)
+LE = re.compile(r'\ble="([^"]+)"')
+
+PAGE = Path(__file__).with_name("dashboard.html").read_text()
+_script, _style = (re.search(rf"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)[1] for tag in ("script", "style"))
+
+
+def _hash(content: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+
+
+PAGE_HEADERS = {
+    "content-type": "text/html; charset=utf-8",
+    # Nothing but this very script runs on the page, and it talks to nobody but the gateway.
+    "content-security-policy": f"default-src 'none'; script-src {_hash(_script)}; style-src {_hash(_style)}; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-cache",
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One server's /metrics, the engines behind it added up."""
+
+    gauges: Mapping[str, float]  # the usage is a mean over the engines
+    counters: Mapping[tuple[str, float], float]  # by name and, for a histogram's bucket, its upper bound
+
+
+def parse(page: str) -> Reading:
+    """The series that the charts need, out of a page of /metrics. What is not there is missing in the reading."""
+    gauges, counters, engines = Counter(), Counter(), 0
+    for name, labels, value in SERIES.findall(page):
+        if name in (USAGE, *GAUGES.values()):
+            gauges[name] += float(value)
+            engines += name == USAGE
+        else:
+            bound = LE.search(labels)
+            counters[name, float(bound[1]) if bound else 0.0] += float(value)
+    if engines:
+        gauges[USAGE] /= engines
+    return Reading(gauges, counters)
+
+
+def gained(before: Reading, after: Reading) -> Mapping[tuple[str, float], float]:
+    """What each counter gained. If one went down, the server started anew, and all of them began at zero."""
+    if any(after.counters.get(key, 0.0) < value for key, value in before.counters.items()):
+        return after.counters
+    return {key: value - before.counters.get(key, 0.0) for key, value in after.counters.items()}
+
+
+def quantile(q: float, buckets: Iterable[tuple[float, float]]) -> float | None:
+    """A quantile from a histogram, as Prometheus' `histogram_quantile` has it: linear within a bucket, and the highest
+    finite bound if it is beyond.
+
+    Args:
+        q: 0 < q <= 1.
+        buckets: (upper bound, observations up to it), the last bound infinite.
+
+    Returns:
+        None if nothing was observed.
+    """
+    buckets = sorted(buckets)
+    if not buckets or buckets[-1][1] <= 0:
+        return None
+    rank = q * buckets[-1][1]
+    lower, below = 0.0, 0.0
+    for bound, count in buckets:
+        if count >= rank:
+            break
+        lower, below = bound, count
+    return lower if bound == float("inf") else lower + (bound - lower) * (rank - below) / (count - below)
+
+
+def figures(pairs: Sequence[tuple[Reading | None, Reading]], seconds: float) -> dict[str, float | None]:
+    """The figures of some servers together, from two readings of each; None where there is nothing to say.
+
+    Args:
+        pairs: the reading before (None: a first one) and the one now.
+        seconds: between the two.
+    """
+    now = [after for _, after in pairs]
+    totals = {name: [r.gauges[name] for r in now if name in r.gauges] for name in (*GAUGES.values(), USAGE)}
+    point = {key: sum(totals[name]) if totals[name] else None for key, name in GAUGES.items()}
+    point["kv"] = sum(totals[USAGE]) / len(totals[USAGE]) if totals[USAGE] else None
+    gains = Counter()
+    for before, after in pairs:
+        if before is not None:
+            gains.update(gained(before, after))
+    point["tokens_per_s"] = gains[TOKENS, 0.0] / seconds if (TOKENS, 0.0) in gains else None
+    point["hit_rate"] = gains[HITS, 0.0] / gains[QUERIES, 0.0] if gains[QUERIES, 0.0] else None
+    for key, name in LATENCIES.items():
+        buckets = [(bound, count) for (series, bound), count in gains.items() if series == f"{name}_bucket"]
+        for percent in (50, 99):
+            point[f"{key}_p{percent}"] = quantile(percent / 100, buckets)
+    return point
+
+
+class Dashboard:
+    """What /dashboard/data says.
+
+    Args:
+        read: the /metrics of a server; None if it gives none.
+        states: requests in flight, readiness and breaker of each server there is now.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[str], Awaitable[str | None]],
+        states: Callable[[], Mapping[str, Mapping[str, float]]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._read, self._states, self._clock = read, states, clock
+        self._lock = asyncio.Lock()
+        self._read_at = -float("inf")
+        self._readings: dict[str, Reading] = {}
+        self._points: deque[tuple[float, dict[str, float | None]]] = deque(maxlen=POINTS)  # with its time
+        self._servers: list[dict[str, object]] = []
+
+    async def data(self) -> dict[str, object]:
+        """Points, oldest first, whose `age_s` counts back from now, and the servers; read anew if it is time to."""
+        async with self._lock:
+            if self._clock() - self._read_at > 0.9 * INTERVAL_S:
+                await self._take()
+        points = [{"age_s": self._read_at - at, **point} for at, point in self._points]
+        return {"interval_s": INTERVAL_S, "points": points, "servers": self._servers}
+
+    async def _take(self) -> None:
+        states = self._states()
+        pages = await asyncio.gather(*(self._read(server) for server in states))
+        now = self._clock()
+        seconds, self._read_at = now - self._read_at, now
+        known = self._readings if seconds < 3 * INTERVAL_S else {}  # nobody looked for a while: begin again
+        self._readings = {server: parse(page) for server, page in zip(states, pages, strict=True) if page is not None}
+        pairs = {server: (known.get(server), reading) for server, reading in self._readings.items()}
+        self._points.append((now, figures(list(pairs.values()), seconds)))
+        self._servers = [
+            {"name": server, "answers": server in pairs, **state}
+            | (figures([pairs[server]], seconds) if server in pairs else {})
+            for server, state in states.items()
+        ]

@@ -3,13 +3,14 @@
 #   ARGS=...  more flags for the script, e.g. make demo ARGS="--plot load.png"
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-quick lint format bench-serving bench-moe bench-gateway tables lock clean
+.PHONY: help install demo serve report test test-quick check-docs lint format bench-serving bench-moe bench-gateway \
+	bench-load bench-monitoring tables lock clean
 
 PY := .venv/bin/python
 export GPU TE PYTHON
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: ## make .venv, install the pinned stack, fetch the bundled model
 	@requirements/install.sh
@@ -20,11 +21,17 @@ demo: install ## generate code with vLLM, measure it, check claims S1 to S4
 serve: install ## the production server on port 8000 (ARGS="--port 9000 ...")
 	@$(PY) ch16/inference_serving.py --serve $(ARGS)
 
+report: install ## every script in --quick, then report.html: claims, pictures, tables (ARGS="--results results/h100")
+	@$(PY) ch16/report.py $(ARGS)
+
 test: install ## all tests (about 13 minutes on 2 cores)
 	@$(PY) -m pytest $(ARGS)
 
 test-quick: install ## the tests that start no engine
 	@$(PY) -m pytest -m "not slow" $(ARGS)
+
+check-docs: install ## links, commands, tables, claims and names of the documentation (part of make test)
+	@$(PY) -m pytest tests/test_docs.py tests/test_readme.py $(ARGS)
 
 lint: install ## ruff: errors and format
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
@@ -40,6 +47,12 @@ bench-moe: install ## MoE dispatch paths against each other and vLLM's kernel, r
 
 bench-gateway: install ## the gateway against a direct connection and vllm-router, ratios (simulated replicas)
 	@$(PY) tests/bench/gateway.py $(ARGS)
+
+bench-load: install ## the load test's figures against those of `vllm bench serve`, same server and seeds
+	@$(PY) tests/bench/load.py $(ARGS)
+
+bench-monitoring: install ## the server watched and unwatched, same load, ratios
+	@$(PY) tests/bench/monitoring.py $(ARGS)
 
 tables: install ## rewrite the READMEs' measured tables from results/*.json
 	@$(PY) -m common.results

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import psutil
+
 from common.gpu import Machine, card
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,6 +160,7 @@ class Report:
         content = {
             "script": self.script,
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "seconds": round(time.time() - psutil.Process().create_time(), 1),  # imports and engine starts included
             "machine": self.machine.as_dict(),
             "engines": list(self.engines),
             "settings": dict(self.settings),

@@ -1,0 +1,1 @@
+"""What the report gathers, and how its page is made."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -16,6 +17,9 @@ sys.path.insert(0, str(ROOT))
 from common.gpu import detect  # noqa: E402
 from tests.ranks import TORCHRUN  # noqa: E402
 from tests.servers import Server  # noqa: E402
+
+settings.register_profile("any machine", deadline=None)  # no test depends on a time
+settings.load_profile("any machine")
 
 
 def pytest_collection_modifyitems(items):

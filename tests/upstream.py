@@ -20,7 +20,8 @@ END = chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
 
 def reply(body=b"{}", status=b"200 OK", headers=()):
-    head = [b"HTTP/1.1 " + status, b"content-length: %d" % len(body), b"content-type: application/json", *headers]
+    head = [b"HTTP/1.1 " + status, b"content-length: %d" % len(body), b"content-type: application/json"]
+    head += [b"connection: close", *headers]  # it does close it: else the next request may meet a closing door
     return b"\r\n".join(head) + b"\r\n\r\n" + body
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common import fp8
@@ -58,7 +58,6 @@ def test_decode_is_exact_for_every_bit_pattern(dtype):
     assert torch.equal(decode(values, torch.float32).nan_to_num(7e30), values.float().nan_to_num(7e30))
 
 
-@settings(deadline=None)
 @given(matrices(), st.sampled_from(fp8.SCALINGS[1:]), st.sampled_from(DTYPES), st.sampled_from(BLOCKS))
 def test_every_value_is_rounded_to_the_nearest(x, scaling, dtype, block):
     """Against a search over all values of the format, in float64."""
@@ -71,14 +70,12 @@ def test_every_value_is_rounded_to_the_nearest(x, scaling, dtype, block):
     assert torch.equal((q.values.double() - target).abs(), nearest)
 
 
-@settings(deadline=None)
 @given(matrices(), st.sampled_from(fp8.SCALINGS[1:]), st.sampled_from(DTYPES), st.sampled_from(BLOCKS))
 def test_error_is_bounded_by_the_format(x, scaling, dtype, block):
     error, half_a_step = error_and_half_a_step(x, quantize(x, scaling, dtype, block), dtype)
     assert bool((error <= half_a_step).all())
 
 
-@settings(deadline=None)
 @given(matrices(), st.sampled_from(DTYPES), st.sampled_from(BLOCKS))
 def test_a_scale_is_a_power_of_two_that_fills_the_range(x, dtype, block):
     for scaling in fp8.SCALINGS[1:]:
@@ -90,7 +87,6 @@ def test_a_scale_is_a_power_of_two_that_fills_the_range(x, dtype, block):
         assert bool(((full <= 1) & (full > 0.5))[amax > 0].all())
 
 
-@settings(deadline=None)
 @given(matrices(), st.sampled_from(fp8.SCALINGS[1:]), st.sampled_from(DTYPES), st.floats(0.5, 1))
 def test_a_fill_brings_the_maximum_to_its_share_of_the_range(x, scaling, dtype, fill):
     q = quantize(x, scaling, dtype, fill=fill)
@@ -101,7 +97,6 @@ def test_a_fill_brings_the_maximum_to_its_share_of_the_range(x, scaling, dtype, 
     assert bool((error <= half_a_step * (1 + 1e-4) + 1e-6 * x.double().abs()).all())  # the scale itself rounds
 
 
-@settings(deadline=None)
 @given(matrices(), st.sampled_from(BLOCKS))
 def test_block_maxima_against_loops(x, block):
     rows, columns = block

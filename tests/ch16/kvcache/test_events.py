@@ -190,7 +190,7 @@ def test_rubbish_and_bad_addresses(publisher):
         EventStream("nonsense")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.sets(st.integers(1, 12)), st.integers(0, 12))
 def test_whatever_is_lost_either_comes_back_or_is_counted(missing, kept_from):
     """Without sockets: batches given to the stream directly, the replay from a list."""

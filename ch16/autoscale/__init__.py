@@ -1,0 +1,1 @@
+"""The rooms of autoscaling.py: the autoscaler, replicas, the fleet, traffic, the search, the manifest."""

@@ -25,7 +25,7 @@ settings.load_profile("any machine")
 def pytest_collection_modifyitems(items):
     if detect().device != "cuda":
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
 
 

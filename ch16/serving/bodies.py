@@ -11,6 +11,8 @@ TOP_P = 0.95
 MAX_TOKENS = 512
 
 MAX_INTEGER = 2**63 - 1  # what the engine can hold
+# vllm-router adds them to every request, for engines that know them. vLLM ignores them.
+ROUTER_FIELDS = ("no_stop_trim", "return_hidden_states", "separate_reasoning", "stream_reasoning")
 
 
 class Refused(Exception):
@@ -115,7 +117,7 @@ def parse_body(body: bytes) -> dict:
 
 
 def known_fields() -> dict[str, frozenset[str]]:
-    """For each JSON endpoint the fields that vLLM or the OpenAI API defines.
+    """For each JSON endpoint the fields that vLLM or the OpenAI API defines, or vllm-router adds.
 
     A field that neither knows is a typing error, and ignoring it would answer another question than was asked.
     """
@@ -126,7 +128,7 @@ def known_fields() -> dict[str, frozenset[str]]:
 
     def names(model: type[BaseModel], openai_params: type) -> frozenset[str]:
         aliases = {f.alias for f in model.model_fields.values() if f.alias}
-        return frozenset({*model.model_fields, *aliases, *openai_params.__annotations__, "stream"})
+        return frozenset({*model.model_fields, *aliases, *openai_params.__annotations__, "stream", *ROUTER_FIELDS})
 
     return {
         "/v1/completions": names(CompletionRequest, completion_create_params.CompletionCreateParamsBase),

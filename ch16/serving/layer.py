@@ -35,7 +35,7 @@ OPEN_PATHS = {"/health", "/ready", "/ping", "/version", "/metrics"}  # probes an
 # Every other POST is inference work, so that a route added by a new vLLM is bounded and counted, too.
 MANAGEMENT = (
     "/tokenize", "/detokenize", "/count_tokens", "/start_profile", "/stop_profile", "/cancel", "/abort_requests",
-    "/pause", "/resume", "/sleep", "/wake_up", "/reset_prefix_cache", "_lora_adapter",
+    "/pause", "/resume", "/sleep", "/wake_up", "/reset_prefix_cache", "/render", "_lora_adapter",
 )  # fmt: skip
 BODY_TIMEOUT_S = 30.0
 

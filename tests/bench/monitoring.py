@@ -7,8 +7,8 @@ gateway's dashboard is open. A round has one wave of each kind, in an order that
 server within a round, so that whatever else the machine does hits all alike. Whoever reads runs on this machine, too.
 
 On a busy machine throughput cannot resolve a percent. CPU time can: that of the process that talks HTTP and counts,
-more than without metrics, as a share of one core. At this throughput no larger share can be lost to it. (The engine
-notes a few numbers at each step; that is in the throughput alone.) A second table has what single acts cost.
+more than without metrics, as a share of one core: about what it can cost at this throughput. (The engine notes a few
+numbers at each step; that is in the throughput alone.) A second table has what single acts cost.
 
     python3 tests/bench/monitoring.py --json results/cpu/bench_monitoring.json
 """

@@ -210,7 +210,6 @@ def test_the_router_finds_the_servers_as_its_role_allows(tmp_path, api_server):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the server refuses the fields that vllm-router adds to every request")
 def test_the_router_before_the_real_server(tmp_path, api_server, server):
     with_key = {"model": server_model(server), "prompt": "hi", "max_tokens": 2}
     router = router_before(server, tmp_path, api_server[1]).start()

@@ -1,0 +1,1 @@
+"""Parts of continuous_batching.py: admission, batch sizes, prompts that disturb running streams, the picture."""

@@ -1,0 +1,140 @@
+"""A second engine in a process of its own, which reads prompts and does nothing else; and who computes where."""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from ch16.batching.drive import Request, all_at_once, drive
+from common.cli import CannotRun
+from common.engine import start_engine
+from common.gpu import Machine
+
+
+def cannot_separate(machine: Machine) -> str:
+    """Why this machine has no place for two engines that do not share what computes; empty if it has."""
+    if machine.device == "cuda":
+        return "" if machine.count > 1 else "one GPU: two engines on it would disturb each other as in one batch"
+    if not hasattr(os, "sched_setaffinity"):
+        return "this system cannot keep a process on some of its cores"
+    return "" if machine.cores > 1 else "one core"
+
+
+class PrefillEngine:
+    """An engine like this process's on the other half of the cores, or the second GPU; a context manager.
+
+    Its prompts wait in line and are read one by one. What they leave in its KV cache is not sent anywhere.
+    """
+
+    def __init__(self, settings: Mapping[str, object], machine: Machine) -> None:
+        context = multiprocessing.get_context("spawn")  # a forked engine can deadlock on locks of threads
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs, dict(settings), machine))
+        self._process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
+
+    def wait_ready(self) -> None:
+        """Return when its engine runs.
+
+        Raises:
+            CannotRun: it did not start.
+        """
+        self._receive()
+
+    def send(self, prompt: Sequence[int]) -> None:
+        """Let a prompt wait in line."""
+        self._pipe.send(prompt)
+
+    def finished(self) -> float:
+        """When the next prompt in line was done, by `time.perf_counter`, which the processes of a machine share."""
+        return self._receive()
+
+    def _receive(self) -> float:
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            raise CannotRun("the prefill engine's process ended (VLLM_LOGGING_LEVEL=INFO shows its log)") from None
+        if isinstance(answer, str):
+            raise CannotRun(f"the prefill engine: {answer}")
+        return answer
+
+    def __enter__(self) -> "PrefillEngine":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.kill()  # it has nothing to lose
+        self._process.join()
+        self._pipe.close()
+
+
+def _work(pipe: Connection, settings: dict[str, object], machine: Machine) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C ends the script, which then ends this process
+    if machine.device == "cuda":
+        listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = listed.split(",")[1] if listed else "1"
+    else:
+        cores = half_of_cores(1)
+        os.sched_setaffinity(0, cores)  # before torch counts them
+        os.environ["OMP_NUM_THREADS"] = str(len(cores))
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the script is gone
+        try:
+            llm, _ = start_engine(settings)
+        except CannotRun as error:
+            pipe.send(str(error))
+            return
+        pipe.send(time.perf_counter())
+        while True:
+            drive(llm, all_at_once([Request("prompt", pipe.recv(), 1)]))
+            pipe.send(time.perf_counter())
+
+
+# ---- cores ----
+
+
+def half_of_cores(which: int) -> set[int]:
+    """The first (0) or the other (1) half of the cores this process may use."""
+    cores = sorted(os.sched_getaffinity(0))
+    return set(cores[: len(cores) // 2] if which == 0 else cores[len(cores) // 2 :])
+
+
+@contextlib.contextmanager
+def on_half_the_cores(machine: Machine) -> Iterator[None]:
+    """The engine of this process computes on the first half of the cores; on GPUs nothing changes."""
+    if machine.device == "cuda":
+        yield
+        return
+    everything, half = os.sched_getaffinity(0), half_of_cores(0)
+    runtimes = _openmp()
+    threads = [runtime.omp_get_max_threads() for runtime in runtimes]
+    _move_threads(half)
+    for runtime in runtimes:
+        runtime.omp_set_num_threads(len(half))
+    try:
+        yield
+    finally:
+        _move_threads(everything)
+        for runtime, before in zip(runtimes, threads, strict=True):
+            runtime.omp_set_num_threads(before)
+
+
+def _openmp() -> list[ctypes.CDLL]:
+    """The OpenMP runtimes of this process.
+
+    torch.set_num_threads knows torch's alone. Other packages bring their own, and vLLM's kernels call the one that was
+    loaded first.
+    """
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    return [
+        ctypes.CDLL(path) for path in sorted(mapped) if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))
+    ]
+
+
+def _move_threads(cores: set[int]) -> None:
+    for task in Path("/proc/self/task").iterdir():  # each thread has cores of its own
+        with contextlib.suppress(ProcessLookupError):  # it ended just now
+            os.sched_setaffinity(int(task.name), cores)

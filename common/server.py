@@ -13,7 +13,7 @@ import requests
 
 from common.cli import CannotRun
 
-START_TIMEOUT_S = 300
+START_TIMEOUT_S = 900
 
 
 def listen(host: str, port: int) -> socket.socket:

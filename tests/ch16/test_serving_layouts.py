@@ -1,6 +1,5 @@
 import argparse
 import json
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -171,17 +170,3 @@ def test_stand_ins(quick_run):
     assert all(row["errors"] == 0 and row["good_percent"] == pytest.approx(100) for row in table["rows"])
     one, two = (max(r["tokens_per_s"] for r in table["rows"] if r["layout"] == n) for n in ("1 x TP=1", "2 x TP=1"))
     assert two > 1.2 * one  # the simulated engines are independent, and the gateway uses both
-
-
-@pytest.mark.slow
-def test_two_ranks_of_the_real_engine(tmp_path):
-    """Tensor parallelism behind the gateway, as on GPUs; the KV cache is as large as planned."""
-    file = tmp_path / "layouts.json"
-    flags = ("--device", "cpu", "--dummy-weights", "tiny-llama", "--layouts", "1x2", "--requests", "3")
-    command = [sys.executable, serving_layouts.__file__, *flags]
-    done = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    tables = json.loads(file.read_text())["tables"]
-    (start,), (load,) = tables["starts"]["rows"], tables["layouts"]["rows"]
-    assert start["measured_cache_tokens"] == pytest.approx(start["cache_tokens"], rel=0.01)
-    assert load["layout"] == "1 x TP=2" and load["errors"] == 0 and load["tokens_per_s"] > 0

@@ -1,6 +1,8 @@
 import random
 import sys
+from dataclasses import replace
 
+import psutil
 import pytest
 import requests
 from hypothesis import given
@@ -8,8 +10,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from ch16.layouts import launch
-from ch16.layouts.launch import Command, Service, device_names, replica_commands, running, words_tokenizer
-from ch16.layouts.plan import Layout, possible_layouts
+from ch16.layouts.launch import (
+    Command,
+    Service,
+    cache_tokens,
+    device_names,
+    replica_commands,
+    running,
+    words_tokenizer,
+)
+from ch16.layouts.plan import Layout, possible_layouts, room_for
 from common import models
 from common.cli import CannotRun
 from common.gpu import Machine
@@ -99,6 +109,27 @@ def test_replicas_and_gateway_come_and_go(tmp_path):
         assert requests.post(f"{gateway.url}/v1/completions", json=body, timeout=30).status_code == 200
         assert all(requests.get(f"{replica.url}/ready", timeout=30).status_code == 200 for replica in replicas)
     assert all(server.process.poll() is not None for server in (gateway, *replicas))
+
+
+@pytest.mark.slow
+def test_two_ranks_of_the_real_engine(tmp_path):
+    """Tensor parallelism behind the gateway, as on GPUs; processes and KV cache are what the plan says."""
+    layout, model, cpu = Layout(1, 2), models.dummy("tiny-llama"), replace(machine(2), device="cpu", native_fp8=False)
+    with running(replica_commands(layout, Service(model, cpu, [], at_once=4)), tmp_path) as (gateway, replicas):
+        body = {"model": "tiny-llama", "prompt": "t1 t22 t333", "max_tokens": 5, "ignore_eos": True}
+        answer = requests.post(f"{gateway.url}/v1/completions", json=body, timeout=120).json()
+        assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (3, 5)
+        assert cache_tokens(replicas) == room_for(model.config, layout, cpu, fp8=False).tokens
+        started = [one for server in (gateway, *replicas) for one in family(server.process.pid)]
+        assert len(started) == layout.processes
+    assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in started)
+
+
+def family(pid):
+    """A process and what it has started, without Python's own helper for shared memory."""
+    parent = psutil.Process(pid)
+    children = parent.children(recursive=True)
+    return [parent, *(one for one in children if "resource_tracker" not in " ".join(one.cmdline()))]
 
 
 @pytest.mark.slow

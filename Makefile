@@ -24,7 +24,7 @@ serve: install ## the production server on port 8000 (ARGS="--port 9000 ...")
 report: install ## every script in --quick, then report.html: claims, pictures, tables (ARGS="--results results/h100")
 	@$(PY) ch16/report.py $(ARGS)
 
-test: install ## all tests (about 13 minutes on 2 cores)
+test: install ## all tests (about 20 minutes on 2 cores)
 	@$(PY) -m pytest $(ARGS)
 
 test-quick: install ## the tests that start no engine

@@ -59,8 +59,9 @@ TTFT_TARGET = 0.3  # time to first token with a shared prefix, over without pref
 def sizes_for(machine: Machine, quick: bool) -> Sizes:
     """Sizes that fill a GPU, or end in time on two CPU cores (whose kernels want blocks of 32 tokens)."""
     if machine.device == "cuda":
-        return Sizes(2048, 16, 64, 2048, 1024, answer=128, sharing=8, rounds=3 if quick else 25)
-    return Sizes(80, 32, 8, 2048, 1024, answer=32, sharing=1, rounds=3 if quick else 7)
+        # Short waves in turn: what slows a host down for seconds slows both engines.
+        return Sizes(2048, 16, 64, 2048, 1024, 128, sharing=8, rounds=3 if quick else 25, seconds=0 if quick else 120)
+    return Sizes(80, 32, 8, 2048, 1024, 32, sharing=1, rounds=3 if quick else 7, seconds=0)
 
 
 # ---- mechanism: the chapter's monitor ----
@@ -213,6 +214,7 @@ COMPARISON_COLUMNS = (
     Column("base", "without", ",.1f"),
     Column("ratio", "ratio", ".3f"),
     Column("error_percent", "standard error of the ratio %", ".2f"),
+    Column("rounds", "rounds", "d"),
 )
 FITS_COLUMNS = (
     Column("how", "memory for a request"),
@@ -417,15 +419,15 @@ def measure(args: argparse.Namespace, machine: Machine, model: Model) -> int:
         def first_token(engine: "LLM", requests: int) -> Callable:
             return first_token_ms(engine, sizes, vocab, args.seed, requests)
 
-        rounds = sizes.rounds
-        no_hits = compare("prefix caching, no hits: output tok/s", driven(plain), driven(without), rounds)
+        rounds, seconds = sizes.rounds, sizes.seconds
+        no_hits = compare("prefix caching, no hits: output tok/s", driven(plain), driven(without), rounds, seconds)
         shared = [
             compare(f"prefix caching, common prefix, {requests} at once: TTFT ms",
                     first_token(plain, requests), first_token(without, requests), rounds) | {"requests": requests}
             for requests in sorted({1, sizes.sharing})
         ]  # fmt: skip
-        monitoring = compare("events and monitor: output tok/s",
-                             throughput(feed.follow_wave, sizes, vocab, args.seed), driven(plain), rounds)  # fmt: skip
+        monitored = throughput(feed.follow_wave, sizes, vocab, args.seed)
+        monitoring = compare("events and monitor: output tok/s", monitored, driven(plain), rounds, seconds)
         feed.verify_events()
         comparisons = [no_hits, *shared, monitoring]
         report.table("comparisons", "Two engines in turn, median of rounds", comparisons, COMPARISON_COLUMNS)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment tha
 
 GPU_MEMORY_UTILIZATION = 0.90  # the chapter's: the rest is for CUDA graphs, NCCL and other processes
 CPU_KV_CACHE_GIB = 2  # vLLM would take 92% of the RAM
+# What in vLLM uses NVLink multicast if not told otherwise, for a host whose environment has turned it off in NCCL.
+NO_MULTICAST = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_FLASHINFER_ALLREDUCE_BACKEND": "trtllm"}
 
 
 def prepare_environment(machine: Machine, ranks: int = 1) -> None:
@@ -38,6 +40,8 @@ def prepare_environment(machine: Machine, ranks: int = 1) -> None:
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if os.environ.get("NCCL_NVLS_ENABLE") == "0":
+        variables |= NO_MULTICAST
     if machine.device == "cpu":
         variables["VLLM_CPU_KVCACHE_SPACE"] = str(CPU_KV_CACHE_GIB)
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # vLLM's binding wants a core for each rank and one more

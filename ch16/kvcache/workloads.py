@@ -1,5 +1,6 @@
 """Workloads that fill a KV cache in different ways, and engines compared in turn."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from common.timing import median_error, percentile
 
 if TYPE_CHECKING:
     from vllm import LLM
+
+PRECISE = 0.002  # standard error of a ratio, with which 0.995 can be told from 0.99
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Sizes:
     answer: int  # tokens out where throughput is compared: long enough for a wave to take a second
     sharing: int  # requests that ask with the common prefix at once, without it in the cache, too
     rounds: int
+    seconds: float  # for which a comparison of throughput goes on if it is not precise after its rounds
 
 
 def workloads(sizes: Sizes, vocab_size: int, seed: int) -> dict[str, list[tuple[list[list[int]], int]]]:
@@ -98,22 +102,31 @@ def fits_rows(feed: EngineFeed, sizes: Sizes, vocab_size: int, seed: int) -> lis
 
 
 def compare(
-    what: str, variant: Callable[[int], float], base: Callable[[int], float], rounds: int
+    what: str, variant: Callable[[int], float], base: Callable[[int], float], rounds: int, seconds: float = 0
 ) -> dict[str, float | str]:
-    """A row of COMPARISON_COLUMNS: both measured in turn, the first to go alternating; the median of the ratios."""
+    """A row of COMPARISON_COLUMNS: both measured in turn, the first to go alternating; the median of the ratios.
+
+    Args:
+        rounds: at least so many.
+        seconds: more of them until the ratio is known to `PRECISE`, as long as not so many seconds have passed.
+    """
     variant(-1), base(-1)  # warm up
-    pairs = []
-    for i in range(rounds):
+    pairs, ratios, error = [], [], math.inf
+    started = time.perf_counter()
+    while len(pairs) < rounds or (error > PRECISE and time.perf_counter() - started < seconds):
+        i = len(pairs)
         order = (variant, base) if i % 2 == 0 else (base, variant)
         found = {work: work(i) for work in order}
         pairs.append((found[variant], found[base]))
-    ratios = [a / b for a, b in pairs]
+        ratios.append(found[variant] / found[base])
+        error = median_error(ratios)
     return {
         "what": what,
         "variant": percentile([a for a, _ in pairs], 50),
         "base": percentile([b for _, b in pairs], 50),
         "ratio": percentile(ratios, 50),
-        "error_percent": 100 * median_error(ratios),
+        "error_percent": 100 * error,
+        "rounds": len(pairs),
     }
 
 

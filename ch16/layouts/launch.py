@@ -22,8 +22,6 @@ from common.server import ServerProcess
 SERVING, GATEWAY = (models.ROOT / "ch16" / name for name in ("inference_serving.py", "load_balancer.py"))
 STREAM_INTERVAL = 8  # tokens an event: one gateway and one client, each on one core, pass on what all GPUs make
 GRAPHS_UP_TO = 512  # sequences in a batch, by vLLM's default; a larger batch would run without CUDA graphs
-# What else uses NVLink multicast if not told otherwise, on a host whose environment has turned it off in NCCL.
-NO_MULTICAST = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_FLASHINFER_ALLREDUCE_BACKEND": "trtllm"}
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,8 @@ def replica_commands(layout: Layout, service: Service) -> list[Command]:
         return [Command(tuple(words), env)] * layout.replicas
     if share > GRAPHS_UP_TO:
         words += ["--max-cudagraph-capture-size", str(share)]
-    common = NO_MULTICAST if os.environ.get("NCCL_NVLS_ENABLE") == "0" else {}
     groups = [service.devices[i * layout.ranks : (i + 1) * layout.ranks] for i in range(layout.replicas)]
-    return [Command(tuple(words), {**common, "CUDA_VISIBLE_DEVICES": ",".join(group)}) for group in groups]
+    return [Command(tuple(words), {"CUDA_VISIBLE_DEVICES": ",".join(group)}) for group in groups]
 
 
 def gateway_command(addresses: Sequence[str]) -> Command:

@@ -81,6 +81,15 @@ def test_what_the_user_has_set_stays(monkeypatch):
         monkeypatch.delenv(name)
 
 
+def test_a_host_without_multicast_has_none_in_vllm_either(monkeypatch):
+    monkeypatch.setattr(engine.os, "environ", {})
+    engine.prepare_environment(H100)
+    assert not engine.NO_MULTICAST.keys() & engine.os.environ.keys()  # nothing is turned off that the host has on
+    engine.os.environ["NCCL_NVLS_ENABLE"] = "0"
+    engine.prepare_environment(H100, ranks=8)
+    assert engine.NO_MULTICAST.items() <= engine.os.environ.items()
+
+
 def test_a_cpu_needs_the_cpu_build(monkeypatch):
     monkeypatch.setattr(engine, "versions", lambda: {"vllm": "0.24.0"})
     with pytest.raises(CannotRun, match="make install GPU=0"):

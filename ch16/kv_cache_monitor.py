@@ -60,7 +60,7 @@ def sizes_for(machine: Machine, quick: bool) -> Sizes:
     """Sizes that fill a GPU, or end in time on two CPU cores (whose kernels want blocks of 32 tokens)."""
     if machine.device == "cuda":
         # Short waves in turn: what slows a host down for seconds slows both engines.
-        return Sizes(2048, 16, 64, 2048, 1024, 128, sharing=8, rounds=3 if quick else 25, seconds=0 if quick else 120)
+        return Sizes(2048, 16, 64, 2048, 1024, 128, sharing=8, rounds=3 if quick else 25, seconds=0 if quick else 100)
     return Sizes(80, 32, 8, 2048, 1024, 32, sharing=1, rounds=3 if quick else 7, seconds=0)
 
 

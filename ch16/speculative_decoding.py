@@ -84,7 +84,7 @@ def sizes_for(machine: Machine, quick: bool, tokens: int | None, gamma: int) -> 
     if quick:
         sizes = Sizes(2, 32, 1, 24, (1, 4, 8), (1, 16), 1)
     elif machine.device == "cuda":
-        sizes = Sizes(4, 128, 4, 96, (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32, 64, 128, 256), 3)
+        sizes = Sizes(4, 128, 4, 64, (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32, 64, 128, 256), 5)
     else:
         sizes = Sizes(4, 64, 2, 64, (1, 2, 4, 8, 16), (1, 4, 16, 64), 2)
     if tokens:
@@ -153,16 +153,42 @@ def engine_settings(model: Model, machine: Machine, context: int, batch: int) ->
     return settings
 
 
+def with_drafts(settings: dict[str, object], config: dict[str, object], machine: Machine) -> dict[str, object]:
+    """Arguments of the engine that speculates."""
+    settings = settings | {"speculative_config": config}
+    if machine.device == "cuda":
+        # By default a pass is one CUDA graph only if every request in it has a whole draft and it has at most 512
+        # tokens. In the others, on free text most, the host would launch the attention of each layer.
+        passes = settings["max_num_seqs"] * (config["num_speculative_tokens"] + 1)
+        settings["compilation_config"] = {"cudagraph_mode": "FULL", "max_cudagraph_capture_size": passes}
+    return settings
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Median seconds, one request: a step of plain decoding, a pass that verified a draft, one that gave one token."""
+
+    decode: float
+    verify: float | None
+    one: float | None
+
+
+def pass_costs(plain: "LLM", llm: "LLM", requests: list[list[int]], tokens: int) -> Costs:
+    """Costs on these requests, after a warm-up: kernels and vLLM's n-gram search are compiled when first used."""
+    for one in (plain, llm):
+        batched(one, requests[:1], 1, tokens)
+    decode, wave = (batched(one, requests, 1, tokens) for one in (plain, llm))
+    return Costs(decode.step_seconds(), wave.step_seconds(gave_more=True), wave.step_seconds(gave_more=False))
+
+
 def measure_engine(
     plain: "LLM", llm: "LLM", how: str, gamma: int, texts: Texts, sizes: Sizes
 ) -> tuple[list[dict], list[dict]]:
     """Rows of BATCH_COLUMNS and THEORY_COLUMNS: the same requests with and without speculation, in turn."""
     rows, theory = [], []
+    costs = {text: pass_costs(plain, llm, requests, sizes.tokens) for text, requests in texts.items()}
+    idle = costs["free"].one and costs["free"].one / costs["free"].decode  # most of those had no draft
     for text, requests in texts.items():
-        for one in (plain, llm):  # warm up: kernels and vLLM's n-gram search are compiled when first used
-            batched(one, requests[:1], 1, sizes.tokens)
-        decode_s = batched(plain, requests, 1, sizes.tokens).step_seconds()
-        verify_s = batched(llm, requests, 1, sizes.tokens).step_seconds(drafted=True)
         for batch in tqdm(sizes.batches, desc=f"{how}, {text}", leave=False, disable=not sys.stderr.isatty()):
             before = read_counters(llm)
             times = sizes.rounds if batch == 1 else 1  # many requests at once are an average already
@@ -182,8 +208,8 @@ def measure_engine(
                 )
             )
             if batch == 1:
-                cost = verify_s and verify_s / decode_s
-                theory.append(theory_row(f"vLLM, {how}", text, gamma, counts, cost, None, ratio))
+                cost = costs[text].verify and costs[text].verify / costs[text].decode
+                theory.append(theory_row(f"vLLM, {how}", text, gamma, counts, cost, None, ratio, idle or 1.0))
     return rows, theory
 
 
@@ -271,7 +297,7 @@ def run(args: argparse.Namespace, machine: Machine, model: Model, draft: Model |
     print(f"vLLM is ready after {seconds:.0f} s", flush=True)
     batches = []
     for how, config in configs.items():
-        llm, seconds = start_engine(settings | {"speculative_config": config})
+        llm, seconds = start_engine(with_drafts(settings, config, machine))
         print(f"with {how} drafts, too, after {seconds:.0f} s", flush=True)
         rows, of_engine = measure_engine(plain, llm, how, args.gamma, texts, sizes)
         stop_engine(llm)

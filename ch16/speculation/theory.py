@@ -15,6 +15,7 @@ THEORY_COLUMNS = (
     Column("length", "measured", ".2f"),
     Column("verify_cost", "verify, in decode steps", ".2f"),
     Column("draft_cost", "draft a token, in decode steps", ".3f"),
+    Column("idle_cost", "a pass without a draft, in decode steps", ".2f"),
     Column("predicted", "speed-up predicted", ".2f"),
     Column("speedup", "measured", ".2f"),
     Column("ratio", "measured/predicted", ".2f"),
@@ -61,7 +62,9 @@ def expected_tokens(alpha: float, gamma: int) -> float:
     return gamma + 1.0 if alpha == 1 else (1 - alpha ** (gamma + 1)) / (1 - alpha)
 
 
-def speedup(alpha: float, gamma: int, verify_cost: float, draft_cost: float = 0.0, share: float = 1.0) -> float:
+def speedup(
+    alpha: float, gamma: int, verify_cost: float, draft_cost: float = 0.0, share: float = 1.0, idle_cost: float = 1.0
+) -> float:
     """Tokens a second over those of plain decoding.
 
     Theorem 3.8 of the paper, without its assumption that verifying costs no more than decoding, and for drafts that
@@ -70,10 +73,11 @@ def speedup(alpha: float, gamma: int, verify_cost: float, draft_cost: float = 0.
     Args:
         verify_cost: a pass over gamma + 1 tokens, in decode steps of the target.
         draft_cost: a drafted token, in the same unit.
-        share: of the steps that have a draft; the others are plain ones.
+        share: of the passes that have a draft.
+        idle_cost: a pass that has none, in decode steps: an engine made for drafts may take longer for it.
     """
     tokens = share * expected_tokens(alpha, gamma) + 1 - share
-    return tokens / (share * (verify_cost + gamma * draft_cost) + 1 - share)
+    return tokens / (share * (verify_cost + gamma * draft_cost) + (1 - share) * idle_cost)
 
 
 def best_gamma(alpha: float, verify_costs: Mapping[int, float], draft_cost: float = 0.0, share: float = 1.0) -> int:
@@ -89,6 +93,7 @@ def theory_row(
     verify_cost: float | None,
     draft_cost: float | None,
     measured: float,
+    idle_cost: float = 1.0,
 ) -> dict:
     """A row of THEORY_COLUMNS; nothing is predicted where nothing was drafted.
 
@@ -98,10 +103,10 @@ def theory_row(
     """
     row = {"how": how, "text": text, "gamma": gamma, "share_percent": 100 * counts.share, "alpha": counts.alpha}
     row |= {"length": counts.accepted_length, "verify_cost": verify_cost, "draft_cost": draft_cost}
-    row |= {"speedup": measured}
+    row |= {"speedup": measured, "idle_cost": idle_cost}
     if counts.alpha is None or verify_cost is None:
         return row
-    predicted = speedup(counts.alpha, gamma, verify_cost, draft_cost or 0.0, counts.share)
+    predicted = speedup(counts.alpha, gamma, verify_cost, draft_cost or 0.0, counts.share, idle_cost)
     return row | {
         "expected": expected_tokens(counts.alpha, gamma), "predicted": predicted, "ratio": measured / predicted,
     }  # fmt: skip

@@ -38,9 +38,14 @@ class Wave:
         """Tokens that a pass gives a request."""
         return sum(sum(new) for _, new in self.steps) / self.passes
 
-    def step_seconds(self, drafted: bool = False) -> float | None:
-        """Median of the steps; if `drafted`, of those that surely verified a draft: they gave more than one token."""
-        seconds = [seconds for seconds, new in self.steps if not drafted or max(new) > 1]
+    def step_seconds(self, gave_more: bool | None = None) -> float | None:
+        """Median of the steps; None if there are none.
+
+        Args:
+            gave_more: True for those that gave a request more than one token, and so verified a draft; False for those
+                that gave one: they had none, or it was wrong from the start.
+        """
+        seconds = [seconds for seconds, new in self.steps if gave_more in (None, max(new) > 1)]
         return percentile(seconds, 50) if seconds else None
 
 

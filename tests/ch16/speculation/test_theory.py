@@ -43,13 +43,13 @@ def test_nothing_drafted():
     assert "predicted" not in row and row["speedup"] == 0.99
 
 
-@given(RATES, st.integers(1, 12), st.floats(1, 4), st.floats(0, 1), st.floats(0.01, 1))
-def test_speedup_is_tokens_over_time(alpha, gamma, verify, draft, share):
+@given(RATES, st.integers(1, 12), st.floats(1, 4), st.floats(0, 1), st.floats(0.01, 1), st.floats(1, 4))
+def test_speedup_is_tokens_over_time(alpha, gamma, verify, draft, share, idle):
     """A thousand passes, some with a draft, against plain steps for the same tokens."""
     drafts = 1000 * share
     tokens = drafts * expected_tokens(alpha, gamma) + (1000 - drafts)
-    time = drafts * (verify + gamma * draft) + (1000 - drafts)
-    assert speedup(alpha, gamma, verify, draft, share) == pytest.approx(tokens / time)
+    time = drafts * (verify + gamma * draft) + (1000 - drafts) * idle
+    assert speedup(alpha, gamma, verify, draft, share, idle) == pytest.approx(tokens / time)
 
 
 def test_speedup_of_the_paper():
@@ -65,6 +65,6 @@ def test_the_best_gamma_is_beaten_by_none(alpha, costs, draft):
 
 
 def test_a_row_compares():
-    row = theory_row("vLLM", "copying", 4, Counts(10, 5, 12, 2), 1.2, None, 1.6)
+    row = theory_row("vLLM", "copying", 4, Counts(10, 5, 12, 2), 1.2, None, 1.6, 1.1)
     assert row["alpha"] == 12 / 15 and row["share_percent"] == 50
-    assert row["predicted"] == pytest.approx(speedup(0.8, 4, 1.2, 0, 0.5)) == pytest.approx(1.6 / row["ratio"])
+    assert row["predicted"] == pytest.approx(speedup(0.8, 4, 1.2, 0, 0.5, 1.1)) == pytest.approx(1.6 / row["ratio"])

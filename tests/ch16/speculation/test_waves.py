@@ -10,8 +10,12 @@ from ch16.speculation.waves import Wave, compare, count, timed
 def test_a_wave_counts_tokens_passes_and_seconds():
     wave = Wave([[1], [2]], [(0.5, [1, 1]), (1.0, [3, 1]), (0.5, [2])])
     assert wave.tokens_per_s == 8 / 2 and wave.passes == 5 and wave.tokens_per_pass == 8 / 5
-    assert wave.step_seconds() == 0.5 and wave.step_seconds(drafted=True) == 0.75
-    assert Wave([[1]], [(0.5, [1])]).step_seconds(drafted=True) is None
+    assert (
+        wave.step_seconds() == 0.5
+        and wave.step_seconds(gave_more=True) == 0.75
+        and wave.step_seconds(gave_more=False) == 0.5
+    )
+    assert Wave([[1]], [(0.5, [1])]).step_seconds(gave_more=True) is None
     wave += Wave([[3]], [(2.0, [4])])
     assert wave.answers == [[1], [2], [3]] and wave.tokens_per_s == 12 / 4
 

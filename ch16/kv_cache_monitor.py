@@ -61,7 +61,7 @@ def sizes_for(machine: Machine, quick: bool) -> Sizes:
     if machine.device == "cuda":
         # Short waves in turn: what slows a host down for seconds slows both engines.
         return Sizes(2048, 16, 64, 2048, 1024, 128, sharing=8, rounds=3 if quick else 25, seconds=0 if quick else 100)
-    return Sizes(80, 32, 8, 2048, 1024, 32, sharing=1, rounds=3 if quick else 7, seconds=0)
+    return Sizes(80, 32, 8, 2048, 1024, 32, sharing=1, rounds=3 if quick else 7, seconds=0 if quick else 60)
 
 
 # ---- mechanism: the chapter's monitor ----
@@ -318,7 +318,7 @@ def plot(path: str, samples: Sequence[Sample], total_blocks: int) -> None:
     left.step(seconds, [sample.cached_blocks for sample in samples], where="post", label="with content")
     left.axhline(total_blocks, color="grey", linestyle=":", label="all blocks")
     left.set(title="blocks", xlabel="seconds", ylim=(0, None))
-    left.legend(loc="center")
+    left.legend()
     right.step(seconds, [sample.hits for sample in samples], where="post", label="tokens found")
     right.step(seconds, [sample.misses for sample in samples], where="post", label="tokens not found")
     right.set(title="so far", xlabel="seconds", ylim=(0, None))

@@ -46,8 +46,8 @@ from ch16.speculation.engine import (
 from ch16.speculation.lab import GAMMA_COLUMNS, LOOP_COLUMNS, exact_rows, measure_loop
 from ch16.speculation.picture import plot
 from ch16.speculation.texts import TASKS, prompts
-from ch16.speculation.theory import THEORY_COLUMNS, theory_row
-from ch16.speculation.waves import compare
+from ch16.speculation.theory import THEORY_COLUMNS, Counts, theory_row
+from ch16.speculation.waves import Wave, compare, joined
 from common import cli, models
 from common.cli import CannotRun
 from common.engine import GPU_MEMORY_UTILIZATION, engine_args, prepare_environment, quiet, start_engine, stop_engine
@@ -153,42 +153,36 @@ def engine_settings(model: Model, machine: Machine, context: int, batch: int) ->
     return settings
 
 
-def with_drafts(settings: dict[str, object], config: dict[str, object], machine: Machine) -> dict[str, object]:
-    """Arguments of the engine that speculates."""
-    settings = settings | {"speculative_config": config}
-    if machine.device == "cuda":
-        # By default a pass is one CUDA graph only if every request in it has a whole draft and it has at most 512
-        # tokens. In the others, on free text most, the host would launch the attention of each layer.
-        passes = settings["max_num_seqs"] * (config["num_speculative_tokens"] + 1)
-        settings["compilation_config"] = {"cudagraph_mode": "FULL", "max_cudagraph_capture_size": passes}
-    return settings
-
-
 @dataclass(frozen=True)
-class Costs:
-    """Median seconds, one request: a step of plain decoding, a pass that verified a draft, one that gave one token."""
+class Alone:
+    """What one request at a time gave: the speed-up, what became of its drafts, all steps of each engine."""
 
-    decode: float
-    verify: float | None
-    one: float | None
+    speedup: float
+    counts: Counts
+    plain: Wave
+    speculative: Wave
 
+    @property
+    def verify_cost(self) -> float | None:
+        """A pass that verified a draft, in decode steps: medians of the same runs, so that a slow host slows both."""
+        seconds = self.speculative.step_seconds(gave_more=True)
+        return seconds and seconds / self.plain.step_seconds()
 
-def pass_costs(plain: "LLM", llm: "LLM", requests: list[list[int]], tokens: int) -> Costs:
-    """Costs on these requests, after a warm-up: kernels and vLLM's n-gram search are compiled when first used."""
-    for one in (plain, llm):
-        batched(one, requests[:1], 1, tokens)
-    decode, wave = (batched(one, requests, 1, tokens) for one in (plain, llm))
-    return Costs(decode.step_seconds(), wave.step_seconds(gave_more=True), wave.step_seconds(gave_more=False))
+    @property
+    def idle_cost(self) -> float | None:
+        """A pass without a draft, in decode steps; None on a text where most passes that gave one token had one."""
+        seconds = self.speculative.step_seconds(gave_more=False)
+        return seconds / self.plain.step_seconds() if seconds and self.counts.share < 0.5 else None
 
 
 def measure_engine(
     plain: "LLM", llm: "LLM", how: str, gamma: int, texts: Texts, sizes: Sizes
 ) -> tuple[list[dict], list[dict]]:
     """Rows of BATCH_COLUMNS and THEORY_COLUMNS: the same requests with and without speculation, in turn."""
-    rows, theory = [], []
-    costs = {text: pass_costs(plain, llm, requests, sizes.tokens) for text, requests in texts.items()}
-    idle = costs["free"].one and costs["free"].one / costs["free"].decode  # most of those had no draft
+    rows, alone = [], {}
     for text, requests in texts.items():
+        for one in (plain, llm):  # warm up: kernels and vLLM's n-gram search are compiled when first used
+            batched(one, requests[:1], 1, sizes.tokens)
         for batch in tqdm(sizes.batches, desc=f"{how}, {text}", leave=False, disable=not sys.stderr.isatty()):
             before = read_counters(llm)
             times = sizes.rounds if batch == 1 else 1  # many requests at once are an average already
@@ -208,8 +202,12 @@ def measure_engine(
                 )
             )
             if batch == 1:
-                cost = costs[text].verify and costs[text].verify / costs[text].decode
-                theory.append(theory_row(f"vLLM, {how}", text, gamma, counts, cost, None, ratio, idle or 1.0))
+                alone[text] = Alone(ratio, counts, *(joined(of) for of in zip(*rounds, strict=True)))
+    idle = next((one.idle_cost for one in alone.values() if one.idle_cost), 1.0)  # the same engine, whatever the text
+    theory = [
+        theory_row(f"vLLM, {how}", text, gamma, one.counts, one.verify_cost, None, one.speedup, idle)
+        for text, one in alone.items()
+    ]
     return rows, theory
 
 
@@ -297,7 +295,7 @@ def run(args: argparse.Namespace, machine: Machine, model: Model, draft: Model |
     print(f"vLLM is ready after {seconds:.0f} s", flush=True)
     batches = []
     for how, config in configs.items():
-        llm, seconds = start_engine(with_drafts(settings, config, machine))
+        llm, seconds = start_engine(settings | {"speculative_config": config})
         print(f"with {how} drafts, too, after {seconds:.0f} s", flush=True)
         rows, of_engine = measure_engine(plain, llm, how, args.gamma, texts, sizes)
         stop_engine(llm)

@@ -23,6 +23,8 @@ def plot(
         crossovers: batch by phase; None where it is not known.
         runs: of the streams, by way.
     """
+    from matplotlib.ticker import LogLocator, NullLocator
+
     figure, (slots, *sizes, gaps) = draw(4)
     for name, course in courses.items():
         start = min(course.sent.values())
@@ -53,8 +55,9 @@ def plot(
         label = way.name + (f", {way.budget} tokens a step" if way.budget else "")
         gaps.plot([1e3 * gap for gap in stream], lw=1, label=label)
     gaps.set(title="ms between tokens of a stream", xlabel="token", yscale="log")
+    gaps.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     gaps.yaxis.set_major_formatter("{x:g}")
-    gaps.yaxis.set_minor_formatter("{x:g}")
+    gaps.yaxis.set_minor_locator(NullLocator())
     gaps.margins(y=0.3)  # room for the legend
     gaps.legend(fontsize="small", loc="upper right")
     save_plot(figure, path)

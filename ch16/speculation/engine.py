@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ch16.speculation.drafts import LONGEST, SHORTEST
 from ch16.speculation.theory import Counts
-from ch16.speculation.waves import Wave
+from ch16.speculation.waves import Wave, joined
 from common.cli import CannotRun
 from common.models import Model
 
@@ -74,10 +74,8 @@ def greedy_wave(llm: "LLM", prompts: Sequence[Sequence[int]], tokens_out: int) -
 def batched(llm: "LLM", prompts: Sequence[Sequence[int]], batch: int, tokens_out: int) -> Wave:
     """All prompts `batch` at a time; repeated to fill a larger batch."""
     prompts = [prompts[i % len(prompts)] for i in range(max(batch, len(prompts)))]
-    total = Wave()
-    for start in range(0, len(prompts), batch):
-        total += greedy_wave(llm, prompts[start : start + batch], tokens_out)
-    return total
+    starts = range(0, len(prompts), batch)
+    return joined(greedy_wave(llm, prompts[start : start + batch], tokens_out) for start in starts)
 
 
 def read_counters(llm: "LLM") -> dict[str, int]:

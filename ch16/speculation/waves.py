@@ -49,6 +49,14 @@ class Wave:
         return percentile(seconds, 50) if seconds else None
 
 
+def joined(waves: Iterable[Wave]) -> Wave:
+    """All of them, one after another."""
+    total = Wave()
+    for wave in waves:
+        total += wave
+    return total
+
+
 def timed(steps: Iterable[Step]) -> tuple[Wave, list[Step]]:
     """Run one request of the loop. Returns it as a wave, and its steps after the first, which holds the prefill."""
     wave, after_first, last = Wave([[]]), [], None

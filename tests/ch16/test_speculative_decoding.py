@@ -62,13 +62,15 @@ def counters(drafts, accepted):
 
 
 def test_engines_are_compared_in_turn(monkeypatch):
-    """Costs from the first waves; rates, counts and answers from the rounds after it."""
-    sent, asked, readings = [], [], iter([counters(0, 0), *[counters(12, 24)] * 3])
+    """A warm-up, then rates, costs, counts and answers of the same rounds."""
+    sent, asked, readings = [], [], iter([counters(0, 0), counters(12, 24), counters(12, 24), counters(15, 30)])
 
     def wave(llm, requests, batch, tokens):
         sent.append((llm, batch))
         if llm == "plain":
             return Wave([[1, 2], [3, 4]], [(1.0, [1] * batch)] * 12)
+        if requests == [[9]]:
+            return Wave([[1, 2], [3, 4]], [(1.3, [3] * batch)] + [(1.5, [1] * batch)] * 9)
         return Wave([[1, 2], [3, 5]], [(1.2, [3] * batch)] * 4)
 
     monkeypatch.setattr(speculative_decoding, "batched", wave)
@@ -76,13 +78,23 @@ def test_engines_are_compared_in_turn(monkeypatch):
     monkeypatch.setattr(speculative_decoding, "logprob_gap", lambda *where: asked.append(where) or 0.03)
     sizes = replace(sizes_for(detect("cpu"), quick=True, tokens=None, gamma=2), rounds=3, batches=(1,))
     rows, theory = measure_engine("plain", "fast", "n-gram", 2, {"copying": [[7], [8]], "free": [[9]]}, sizes)
-    assert sent[:10] == [("plain", 1), ("fast", 1)] * 5
+    assert sent == [("plain", 1), ("fast", 1)] * 8
     copying, free = rows
     assert copying["speedup"] == pytest.approx(2.5) and copying["plain"] == 1 and copying["speculative"] == 2.5
     assert copying["share_percent"] == 100 and copying["length"] == 3 and copying["same"] == "1 of 2"
     assert asked[0] == ("plain", [8, 3], 4, 5) and copying["gap"] == 0.03
     assert theory[0]["verify_cost"] == 1.2 and theory[0]["how"] == "vLLM, n-gram"
-    assert free["length"] is None and "predicted" not in theory[1], "nothing was drafted"
+    assert theory[1]["verify_cost"] == 1.3 and free["share_percent"] == 10
+    assert [row["idle_cost"] for row in theory] == [1.5, 1.5], "from the text without drafts, for the engine"
+
+
+def test_an_engine_that_always_drafts_has_no_pass_without(monkeypatch):
+    readings = iter([counters(0, 0), counters(12, 12)])
+    monkeypatch.setattr(speculative_decoding, "batched", lambda *_: Wave([[1]], [(1.0, [1])] * 4))
+    monkeypatch.setattr(speculative_decoding, "read_counters", lambda llm: next(readings))
+    sizes = replace(sizes_for(detect("cpu"), quick=True, tokens=None, gamma=2), rounds=3, batches=(1,))
+    _, theory = measure_engine("plain", "fast", "EAGLE", 2, {"copying": [[7]]}, sizes)
+    assert theory[0]["idle_cost"] == 1 and "predicted" not in theory[0], "no pass surely verified a draft"
 
 
 def test_two_engines_must_fit(monkeypatch):

@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from tqdm import tqdm
 
-from ch16.autoscale.costs import Costs, read_costs
+from ch16.autoscale.costs import read_costs
 from ch16.autoscale.emit import manifest
 from ch16.autoscale.hpa import Spec
 from ch16.autoscale.live import check_rows, measure_costs
@@ -40,6 +40,7 @@ from ch16.autoscale.signals import Scaler, Signal, by_pods, by_pool, signals
 from ch16.autoscale.simulate import INTERVAL_S, Outcome, Pool, simulate
 from ch16.autoscale.workload import DAY_MEAN, Load, bursty, diurnal, fitted, poisson, read_recorded
 from common import cli, models
+from common.costs import Costs
 from common.engine import engine_args, prepare_environment, quiet, start_engine, stop_engine
 from common.gpu import Machine, detect
 from common.models import Model

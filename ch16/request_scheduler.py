@@ -34,9 +34,10 @@ from ch16.scheduling.fairness import TokenCounters
 from ch16.scheduling.live import serve
 from ch16.scheduling.mix import CLASSES, HEAVY, WAIT_COLUMNS, Job, bursty_mix, wait_rows
 from ch16.scheduling.picture import plot
-from ch16.scheduling.simulate import Clock, Costs, simulate
+from ch16.scheduling.simulate import Clock, simulate
 from ch16.scheduling.speed import SPEED_COLUMNS, speed_rows
 from common import cli, models
+from common.costs import Costs
 from common.engine import engine_args, prepare_environment, quiet, start_engine, stop_engine
 from common.gpu import Machine, detect
 from common.models import Model
@@ -347,7 +348,7 @@ def live_rows(
     for llm in (plain, urgent, plain):
         _, steps = serve(llm, warm, vocab_size, seed + 1)
     costs = Costs.fit(steps)
-    rate = costs.requests_per_s(sizes.slots, *shape)
+    rate = 1 / costs.slot_s(sizes.slots, *shape)
     jobs = bursty_mix(int(sizes.load * rate * sizes.seconds), sizes.load * rate, math.inf, *shape, seed)
     ageing_s = sizes.seconds / 4 / LEVELS  # the least urgent wait a quarter of the run to be as urgent as any
 
@@ -380,7 +381,7 @@ def live_rows(
 def simulated_rows(costs: Costs, sizes: Sizes, count: int, seed: int) -> tuple[list[dict], list[dict]]:
     """Rows of WAIT_COLUMNS by class and by tenant: `count` requests in bursts of minutes, simulated."""
     shape = (sizes.tokens_in, sizes.tokens_out)
-    rate = costs.requests_per_s(sizes.slots, *shape)
+    rate = 1 / costs.slot_s(sizes.slots, *shape)
     period_s = 600.0
     jobs = bursty_mix(count, 0.95 * rate, period_s, *shape, seed)
     ageing_s = period_s / 4 / LEVELS

@@ -4,11 +4,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ch16.autoscale.costs import Costs, Step
 from ch16.autoscale.hpa import Spec
 from ch16.autoscale.records import as_requests
 from ch16.autoscale.signals import by_pool
 from ch16.autoscale.simulate import Pool, simulate
+from common.costs import Costs, Step
 from common.load import random_prompts, send_wave
 from common.timing import percentile
 from common.traces import Arrival

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ch16.autoscale.costs import Costs
 from ch16.autoscale.hpa import History, Spec, decide
 from ch16.autoscale.records import DRAINING, OFF, REPLICA, SERVING
 from ch16.autoscale.signals import Sample, Scaler
+from common.costs import Costs
 
 INTERVAL_S = 15.0  # of Prometheus' scrapes and of the controller's turns
 

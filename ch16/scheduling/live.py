@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ch16.scheduling.mix import Answer, Job
-from ch16.scheduling.simulate import Queue, Step
+from ch16.scheduling.simulate import Queue
+from common.costs import Step
 from common.load import exactly, random_prompts
 
 if TYPE_CHECKING:

@@ -6,58 +6,11 @@ preemption.
 """
 
 import heapq
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Protocol
 
-import numpy as np
-
 from ch16.scheduling.mix import Answer, Job
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of the real engine: requests in it, prompt tokens of those that joined, seconds."""
-
-    sequences: int
-    prompt_tokens: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Seconds of a step: base, for each request in it, for each prompt token."""
-
-    base_s: float
-    sequence_s: float
-    prompt_token_s: float
-
-    @staticmethod
-    def fit(steps: Sequence[Step]) -> "Costs":
-        """Least squares over measured steps; no part below zero.
-
-        Raises:
-            ValueError: fewer than three steps.
-        """
-        if len(steps) < 3:
-            raise ValueError(f"three kinds of cost cannot be found from {len(steps)} steps")
-        terms = np.array([[1.0, step.sequences, step.prompt_tokens] for step in steps])
-        seconds, kept = np.array([step.seconds for step in steps]), [0, 1, 2]
-        while True:
-            found, *_ = np.linalg.lstsq(terms[:, kept], seconds, rcond=None)
-            if min(found, default=0.0) >= 0:
-                break
-            kept.pop(int(np.argmin(found)))  # without the part that came out below zero
-        parts = dict(zip(kept, map(float, found), strict=True))
-        return Costs(*(parts.get(i, 0.0) for i in range(3)))
-
-    def step_s(self, sequences: int, prompt_tokens: int = 0) -> float:
-        """Seconds of one step."""
-        return self.base_s + self.sequence_s * sequences + self.prompt_token_s * prompt_tokens
-
-    def requests_per_s(self, slots: int, tokens_in: int, tokens_out: int) -> float:
-        """Requests a second when all slots are always taken: each brings a prompt, and takes a step for each token."""
-        return slots / (tokens_out * self.step_s(slots) + slots * self.prompt_token_s * tokens_in)
+from common.costs import Costs
 
 
 class Queue(Protocol):

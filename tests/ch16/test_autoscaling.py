@@ -6,11 +6,11 @@ import pytest
 import yaml
 
 from ch16 import autoscaling
-from ch16.autoscale.costs import Costs
 from ch16.autoscale.search import Tried
 from ch16.autoscale.signals import by_pods, signals
 from ch16.autoscale.simulate import Pool
 from common.cli import CannotRun
+from common.costs import Costs
 from common.traces import Arrival
 
 COSTS = {"source": "a test", "slots": 8, "scale": 0.4, "base_ms": 12.6, "sequence_ms": 0.6, "prompt_token_ms": 0.3}

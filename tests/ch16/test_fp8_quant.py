@@ -51,7 +51,7 @@ def test_attention_is_the_textbooks():
 
 
 @pytest.mark.parametrize("recipe", ["current", "block", "row", "weights"])
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(0, 2**31))
 def test_fp8_agrees_with_bf16(recipe, batch, tokens, seed):
     """Six products, each at most two half steps of E4M3 (2 x 6.25%) off and in the mean far less."""
@@ -65,7 +65,7 @@ def test_fp8_agrees_with_bf16(recipe, batch, tokens, seed):
 @pytest.mark.parametrize(
     "precision", [BF16, RECIPES["row"], RECIPES["block"], RECIPES["delayed"]], ids=lambda p: p.name
 )
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(2, 40), st.data())
 def test_a_later_token_never_changes_an_earlier_output(precision, tokens, data):
     small = fp8_twin(block(BF16), precision)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ch16 import moe_benchmark
@@ -23,7 +23,6 @@ CPU = detect("cpu")
 # ---- the layer ----
 
 
-@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 8), st.sampled_from(["loop", "grouped"]), st.data())
 def test_the_layer_is_router_and_experts(batch, sequence, experts, dispatch, data):
     top_k = data.draw(st.integers(1, experts))

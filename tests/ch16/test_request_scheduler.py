@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -165,7 +165,6 @@ def test_the_chapters_usage():
     assert sorted([PrioritizedRequest(1, 0, "b"), PrioritizedRequest(0, 9, "a")])[0].request == "a"
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0, 5), st.sampled_from([0, 1, 10])), min_size=1, max_size=60),
     st.floats(0, 2), st.integers(1, 4), st.randoms(),

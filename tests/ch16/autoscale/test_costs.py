@@ -1,38 +1,10 @@
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from ch16.autoscale.costs import Costs, Step, read_costs
+from ch16.autoscale.costs import read_costs
 from common.cli import CannotRun
-
-parts = st.floats(1e-6, 0.1)
-
-
-@given(parts, parts, parts)
-def test_a_fit_finds_the_costs_that_made_the_steps(base, sequence, prompt):
-    costs = Costs(base, sequence, prompt)
-    steps = [Step(n, tokens, costs.step_s(n, tokens)) for n in (1, 4, 8) for tokens in (0, 40, 400)]
-    found = Costs.fit(steps)
-    for step in steps:
-        assert found.step_s(step.sequences, step.prompt_tokens) == pytest.approx(step.seconds, rel=1e-6)
-
-
-def test_short_steps_count_as_much_as_long_ones():
-    """A long step that is 5% off changes what short steps cost by far less than 5%."""
-    costs = Costs(0.012, 0.0006, 0.0003)
-    steps = [Step(n, tokens, costs.step_s(n, tokens)) for n in (1, 4, 8) for tokens in (*[0] * 20, 350 * n)]
-    steps[-1] = Step(8, 2800, 1.05 * steps[-1].seconds)
-    assert Costs.fit(steps).step_s(8) == pytest.approx(costs.step_s(8), rel=0.005)
-
-
-def test_no_cost_is_below_zero():
-    found = Costs.fit([Step(1, 0, 0.9), Step(2, 0, 0.5), Step(3, 0, 0.1)])
-    assert found.sequence_s == 0 and 0.1 < found.base_s < 0.9
-    with pytest.raises(ValueError):
-        Costs.fit([Step(1, 0, 1.0)] * 2)
-
+from common.costs import Costs
 
 ROW = {"source": "x", "slots": 8, "scale": 0.5, "base_ms": 10, "sequence_ms": 1, "prompt_token_ms": 0.1}
 

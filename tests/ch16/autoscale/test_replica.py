@@ -74,7 +74,7 @@ def requests_of(trace):
     return as_requests(arrivals)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(traces, st.integers(1, 4), st.lists(st.sampled_from([0.0, 1.0, 7.5]), max_size=3), st.integers(1, 6))
 def test_jumps_give_the_times_of_single_steps(trace, slots, ready_s, cuts):
     """No approximation: the times of all tokens, what is held and how long it was busy are those of single steps."""
@@ -110,7 +110,7 @@ def test_a_replica_that_drains_takes_no_more_and_ends_what_it_has():
 
 @pytest.mark.parametrize("slots", [1, 8])
 def test_a_full_replica_keeps_the_rate_that_costs_foretell(slots):
-    from ch16.autoscale.costs import Costs
+    from common.costs import Costs
 
     costs, count = Costs(BASE_S, SEQUENCE_S, PROMPT_TOKEN_S), 400
     requests = as_requests([Arrival(0.0, 20, 30)] * count)

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from ch16.autoscale.costs import Costs
 from ch16.autoscale.hpa import Policy, Rules, Spec
 from ch16.autoscale.records import as_requests
 from ch16.autoscale.signals import Sample, Signal, by_pods, by_pool, signals
 from ch16.autoscale.simulate import INTERVAL_S, Fleet, Pool, simulate
+from common.costs import Costs
 from common.traces import Arrival
 
 POOL = Pool(Costs(0.1, 0.0, 0.0), slots=2, kv_tokens=1000, cold_start_s=60.0)

@@ -382,7 +382,7 @@ def test_malformed_requests_get_an_answer_or_a_closed_door(gateway, data):
     assert requests.get(gateway.url + "/health", timeout=10).status_code == 200
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=300), st.booleans(), st.integers(0, 200))
 def test_random_bytes_harm_nothing(gateway, data, http, cut):
     raw(gateway, (request_bytes(path="/generate")[:cut] if http else b"") + data, hang_up=True)

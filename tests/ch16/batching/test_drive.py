@@ -7,7 +7,7 @@ from ch16.batching.drive import all_at_once, drive, random_requests
 from ch16.continuous_batching import continuous, fixed_batches
 
 lengths_and_slots = {"lengths": st.lists(st.integers(1, 12), min_size=1, max_size=30), "slots": st.integers(1, 6)}
-shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def test_all_at_once(counting_llm):

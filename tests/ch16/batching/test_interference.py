@@ -30,7 +30,7 @@ CPU = Machine("cpu", "a CPU", 1, 2**30, 3, None, True, False)
 GPUS = Machine("cuda", "a GPU", 2, 2**30, 16, (9, 0), True, True)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(streams=st.integers(1, 5), every=st.integers(1, 9), prompts=st.integers(1, 4), budget=st.integers(10, 200))
 def test_prompts_come_by_counting_and_take_as_many_steps_as_the_budget_says(
     counting_llm, streams, every, prompts, budget

@@ -23,7 +23,6 @@ def pair(recipe, n, k, seed, **options):
     return plain, small
 
 
-@settings(deadline=None)
 @given(
     sizes,
     sizes,
@@ -47,7 +46,7 @@ def test_emulated_product_is_that_of_scaled_mm(m, n, k, scaling, fill, seed):
         assert bool(((theirs.double() - exact).abs() <= ulp).all())
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.sampled_from(["current", "block", "row", "tuned", "weights"]),
     st.integers(1, 40),

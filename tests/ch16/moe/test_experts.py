@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn as nn
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ch16.moe.experts import (
@@ -38,7 +38,6 @@ def cases(draw):
     return x, Experts.random(sizes, dtype=x.dtype), routing
 
 
-@settings(deadline=None)
 @given(cases(), st.sampled_from([loop, grouped]))
 def test_every_path_is_the_weighted_sum_of_exactly_the_chosen_experts(case, path):
     x, experts, routing = case
@@ -46,7 +45,6 @@ def test_every_path_is_the_weighted_sum_of_exactly_the_chosen_experts(case, path
     assert error(path(x, experts, routing), reference(x, experts, routing)) < limit
 
 
-@settings(deadline=None)
 @given(cases(), st.sampled_from([loop, grouped]), st.randoms())
 def test_permuting_tokens_permutes_outputs(case, path, random):
     x, experts, routing = case
@@ -56,7 +54,6 @@ def test_permuting_tokens_permutes_outputs(case, path, random):
     assert torch.allclose(shuffled.float(), path(x, experts, routing)[order].float(), rtol=0.05, atol=1e-2)
 
 
-@settings(deadline=None)
 @given(cases())
 def test_experts_nobody_chose_do_not_matter(case):
     """Their weights may be anything, even NaN."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ch16.moe.experts import Experts, ExpertSizes, Routing, grouped
@@ -30,7 +30,6 @@ def test_on_gpus():
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@settings(deadline=None)
 @given(st.sampled_from(PATTERNS), st.sampled_from([1, 2, 4, 8]), st.integers(1, 40))
 def test_parts_of_all_ranks_add_up_to_the_layer(pattern, ranks, tokens):
     torch.manual_seed(tokens)

@@ -3,12 +3,13 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ch16.request_scheduler import InferenceScheduler
 from ch16.scheduling.mix import HEAVY, Job, bursty_mix, wait_rows
-from ch16.scheduling.simulate import Clock, Costs, Step, simulate
+from ch16.scheduling.simulate import Clock, simulate
+from common.costs import Costs
 
 COSTS = Costs(base_s=0.01, sequence_s=0.002, prompt_token_s=0.001)
 
@@ -54,7 +55,6 @@ def mixes(draw):
     return jobs
 
 
-@settings(deadline=None)
 @given(mixes(), st.integers(1, 5), st.sampled_from([0.0, 0.01, math.inf]), st.booleans())
 def test_jumps_give_the_times_of_single_steps(jobs, slots, ageing_s, fair):
     clock = Clock()
@@ -65,30 +65,13 @@ def test_jumps_give_the_times_of_single_steps(jobs, slots, ageing_s, fair):
         assert found[id(job)] == pytest.approx(times, abs=1e-9)
 
 
-@settings(deadline=None)
-@given(st.floats(0, 0.1), st.floats(0, 0.01), st.floats(0, 0.001))
-def test_costs_are_found_again(base, sequence, prompt):
-    true = Costs(base, sequence, prompt)
-    steps = [Step(n, tokens, true.step_s(n, tokens)) for n in (1, 2, 5, 8) for tokens in (0, 32, 64)]
-    found = Costs.fit(steps)
-    assert [found.base_s, found.sequence_s, found.prompt_token_s] == pytest.approx([base, sequence, prompt], abs=1e-9)
-
-
-def test_costs_need_steps():
-    with pytest.raises(ValueError, match="cannot be found from 2 steps"):
-        Costs.fit([Step(1, 0, 0.1)] * 2)
-    falling = [Step(n, 0, 1.0 / n) for n in (1, 2, 4)]
-    found = Costs.fit(falling)
-    assert found.sequence_s == 0 and found.base_s == pytest.approx(1.75 / 3), "fitted again without what is below zero"
-
-
 def test_the_rate_of_a_full_engine():
     """Eight slots, ten steps of 26 ms each a request, and its prompt's share of a step: 8 / (0.26 + 8 * 0.005)."""
-    assert COSTS.requests_per_s(8, 5, 10) == pytest.approx(8 / (0.26 + 0.04))
+    assert 1 / COSTS.slot_s(8, 5, 10) == pytest.approx(8 / (0.26 + 0.04))
     jobs = bursty_mix(4000, 1e6, math.inf, 5, 10, seed=0)
     clock = Clock()
     answers = simulate(jobs, InferenceScheduler(clock=clock), clock, COSTS, 8)
-    assert len(answers) / max(a.last_s for a in answers) == pytest.approx(COSTS.requests_per_s(8, 5, 10), rel=0.03)
+    assert len(answers) / max(a.last_s for a in answers) == pytest.approx(1 / COSTS.slot_s(8, 5, 10), rel=0.03)
 
 
 def test_bursts():

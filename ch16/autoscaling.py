@@ -354,7 +354,7 @@ def make_lab(args: argparse.Namespace, machine: Machine, model: Model | None, re
     else:
         source, slots, scale = model.name, sizes.slots, sizes.scale
     lengths = shrink(read_trace(BUNDLED), scale, max_tokens=4096)
-    tokens_in, tokens_out = mean_lengths(lengths)
+    tokens_in, tokens_out = map(round, mean_lengths(lengths))
     if model is not None:
         quiet()
         prepare_environment(machine)

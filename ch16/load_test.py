@@ -227,7 +227,7 @@ def replay(tester: Tester, trace: list[Arrival], block: int, knee: float, full: 
     tokens, real_tokens = full["steady_tokens_per_s"], rows[0]["steady_tokens_per_s"]
     capacity = [
         ("full server, output tok/s", tokens, real_tokens),
-        ("full server, requests/s", tokens / tester.base.tokens_out, real_tokens / exact_mean_out(trace)),
+        ("full server, requests/s", tokens / tester.base.tokens_out, real_tokens / mean_lengths(trace)[1]),
         ("knee, requests/s", knee, kept),
     ]
     table = [
@@ -235,11 +235,6 @@ def replay(tester: Tester, trace: list[Arrival], block: int, knee: float, full: 
         for what, ours, real in capacity
     ]
     return rows, table, kept
-
-
-def exact_mean_out(trace: list[Arrival]) -> float:
-    """Tokens of the mean answer."""
-    return sum(arrival.tokens_out for arrival in trace) / len(trace)
 
 
 def claim(capacity: list[dict], knee: float, kept: float) -> Verdict:
@@ -289,7 +284,7 @@ def main() -> int:
     sizes = sizes_for(machine, args.quick)
     scale = args.trace_scale or sizes.scale
     trace = shrink(read_trace(args.trace)[: sizes.trace_requests], scale, max_tokens=2048)
-    tokens_in, tokens_out = mean_lengths(trace)
+    tokens_in, tokens_out = map(round, mean_lengths(trace))
     base = Load(
         args.requests or sizes.requests, args.tokens_in or tokens_in, max(2, args.tokens_out or tokens_out),
         burstiness=args.burstiness, tokens_shared=args.shared_tokens,

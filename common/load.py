@@ -18,12 +18,14 @@ def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[
     return [[rng.randrange(10, vocab_size) for _ in range(length)] for _ in range(count)]
 
 
-def exactly(tokens_out: int) -> "SamplingParams":
+def exactly(tokens_out: int, temperature: float = 1.0) -> "SamplingParams":
     """Sampling of just so many tokens, each step's outputs holding the new ones only."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    return SamplingParams(temperature=1.0, max_tokens=tokens_out, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
+    return SamplingParams(
+        temperature=temperature, max_tokens=tokens_out, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+    )
 
 
 def send_wave(
@@ -31,6 +33,7 @@ def send_wave(
     prompts: Sequence[Sequence[int]],
     tokens_out: int,
     on_step: Callable[[Sequence["RequestOutput"]], object] = lambda outputs: None,
+    temperature: float = 1.0,
 ) -> tuple[list[float], list[list[float]]]:
     """Send all prompts at once; drive the engine step by step until each has `tokens_out` tokens.
 
@@ -40,7 +43,7 @@ def send_wave(
     Returns:
         When each request was sent and when each of its tokens arrived: seconds, [N] and [N][tokens_out].
     """
-    sampling = exactly(tokens_out)
+    sampling = exactly(tokens_out, temperature)
     engine = llm.llm_engine
     sent, arrived = [], [[] for _ in prompts]
     for i, prompt in enumerate(prompts):

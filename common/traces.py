@@ -98,11 +98,11 @@ def at_rate(trace: Sequence[Arrival], requests: int, rate: float) -> list[Arriva
     return [replace(arrival, at_s=arrival.at_s / speed) for arrival in longer]
 
 
-def mean_lengths(trace: Sequence[Arrival]) -> tuple[int, int]:
-    """Tokens in and out of the mean request."""
+def mean_lengths(trace: Sequence[Arrival]) -> tuple[float, float]:
+    """Tokens in and out of a request, on average."""
     return (
-        round(sum(arrival.tokens_in for arrival in trace) / len(trace)),
-        round(sum(arrival.tokens_out for arrival in trace) / len(trace)),
+        sum(arrival.tokens_in for arrival in trace) / len(trace),
+        sum(arrival.tokens_out for arrival in trace) / len(trace),
     )
 
 

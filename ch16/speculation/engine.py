@@ -8,10 +8,11 @@ from ch16.speculation.drafts import LONGEST, SHORTEST
 from ch16.speculation.theory import Counts
 from ch16.speculation.waves import Wave, joined
 from common.cli import CannotRun
+from common.load import send_wave
 from common.models import Model
 
 if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment that prepare_environment sets
-    from vllm import LLM
+    from vllm import LLM, RequestOutput
 
 METRIC = "vllm:spec_decode_num_"
 
@@ -46,20 +47,12 @@ def eagle_config(gamma: int, head: Model, target: Model) -> dict[str, object]:
 
 
 def greedy_wave(llm: "LLM", prompts: Sequence[Sequence[int]], tokens_out: int) -> Wave:
-    """Send all prompts at once; drive the engine step by step until each has `tokens_out` tokens."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    sampling = SamplingParams(
-        temperature=0.0, max_tokens=tokens_out, ignore_eos=True, output_kind=RequestOutputKind.DELTA
-    )
-    engine = llm.llm_engine
-    for i, prompt in enumerate(prompts):
-        engine.add_request(str(i), {"prompt_token_ids": prompt}, sampling)
+    """All prompts at once, `tokens_out` tokens each."""
     wave = Wave([[] for _ in prompts])
     last = None  # when the last step ended, once all have begun
-    while engine.has_unfinished_requests():
-        outputs = engine.step()
+
+    def record(outputs: Sequence["RequestOutput"]) -> None:
+        nonlocal last
         now = time.perf_counter()
         new = [len(output.outputs[0].token_ids) for output in outputs if output.outputs[0].token_ids]
         for output in outputs:
@@ -68,6 +61,8 @@ def greedy_wave(llm: "LLM", prompts: Sequence[Sequence[int]], tokens_out: int) -
             wave.steps.append((now - last, new))
         if new and all(wave.answers):
             last = now
+
+    send_wave(llm, prompts, tokens_out, record, temperature=0.0)
     return wave
 
 

@@ -112,7 +112,7 @@ def test_the_second_round_shares_nothing_with_the_first():
 
 
 def test_means():
-    assert mean_lengths([Arrival(0, 10, 2), Arrival(1, 21, 4)]) == (16, 3)
+    assert mean_lengths([Arrival(0, 10, 2), Arrival(1, 21, 4)]) == (15.5, 3)
 
 
 def test_the_file_for_vllms_client(tmp_path):

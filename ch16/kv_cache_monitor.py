@@ -286,7 +286,10 @@ def claims(rows: Sequence[dict], no_hits: dict, shared: Sequence[dict], fits: Se
     margin, error = abs(no_hits["ratio"] - NO_HIT_TARGET), no_hits["error_percent"] / 100
     most = shared[-1]  # a prefix is shared by many
     if most["ratio"] <= TTFT_TARGET and margin < 2 * error:
-        reason = f"the ratio is uncertain by {100 * error:.1f}%, which is more than decides it; more rounds would"
+        reason = (
+            f"the ratio is known to {200 * error:.1f}% (two standard errors) and is {100 * margin:.1f}% from the "
+            "target; more rounds would decide it"
+        )
         s5 = not_applicable("S5", reason, text)
     else:
         s5 = judge("S5", most["ratio"] <= TTFT_TARGET and no_hits["ratio"] >= NO_HIT_TARGET, text)

@@ -237,5 +237,8 @@ class UtilizationSampler:
 
         handles = visible_handles(pynvml)[: self._gpus]
         while not self._stop.wait(self._interval_s):
-            rates = [pynvml.nvmlDeviceGetUtilizationRates(handle).gpu for handle in handles]
+            try:
+                rates = [pynvml.nvmlDeviceGetUtilizationRates(handle).gpu for handle in handles]
+            except pynvml.NVMLError:  # a MIG slice, or a virtual GPU: no samples
+                return
             self.samples.append(sum(rates) / len(rates))

@@ -45,6 +45,11 @@ NAMES = (
 OBJECTS = (("HorizontalPodAutoscaler", "inference-hpa"), ("Deployment", "inference-server"))
 
 
+def test_every_block_of_code_ends():
+    for file in PAGES:
+        assert len(re.findall(r"^```", file.read_text(), re.MULTILINE)) % 2 == 0, file.name
+
+
 def prose(file):
     """A page without its blocks of code."""
     return re.sub(r"^```.*?^```$", "", file.read_text(), flags=re.DOTALL | re.MULTILINE)

@@ -55,6 +55,8 @@ class CachedBlocks:
                 if self._copies[name] == 0:
                     raise CannotRun(f"the engine removed block {name!r}, which it never stored: events were lost")
                 self._copies[name] -= 1
+                if not self._copies[name]:
+                    del self._copies[name]
                 self._monitor.record_eviction()
         elif isinstance(event, Cleared):
             self._copies.clear()

@@ -22,7 +22,8 @@ def plot(path: str, rows: Sequence[dict], knee: float) -> None:
     offered = [row["rate"] for row in rows]
     axes[2].plot(offered, offered, color="gray", linewidth=1, label="offered")
     axes[2].plot(offered, [row["answered"] for row in rows], "-o", label="answered")
-    axes[2].plot(offered, [row["goodput"] for row in rows], "-o", label="goodput")
+    if all("goodput" in row for row in rows):  # there is an objective
+        axes[2].plot(offered, [row["goodput"] for row in rows], "-o", label="goodput")
     if knee:
         axes[2].axvline(knee, color="tab:red", linestyle="--", label="knee")
     axes[2].set(title="requests/s", xlabel="offered, requests/s", ylabel="requests/s")

@@ -14,7 +14,8 @@ def plot(path: str, batches: Sequence[dict], gammas: Sequence[dict]) -> None:
     left.set_xscale("log", base=2)
     left.set(title="vLLM", xlabel="requests decoded together", ylabel="speed-up over plain decoding")
     at = [row["gamma"] for row in gammas]
-    right.plot(at, [row["predicted"] for row in gammas], "o--", label="predicted")
+    if all("predicted" in row for row in gammas):  # something was drafted
+        right.plot(at, [row["predicted"] for row in gammas], "o--", label="predicted")
     right.plot(at, [row["speedup"] for row in gammas], "o-", label="measured")
     right.set_xscale("log", base=2)
     right.set(title="our loop, n-gram, copying", xlabel="drafted tokens (gamma)")

@@ -356,8 +356,7 @@ def main() -> int:
         gemms = measure_gemms(base, fast, machine, sizes)
         report.table("gemm", "Matrix products, weights quantized once, CUDA graphs", gemms, gemm_columns(fast))
     for precision in fast or chosen:
-        beside = Precision("BF16", precision.library)  # the same modules, whose weights have the same names
-        held, rows = measure_stack(build, beside, precision, machine, sizes, args.seed)
+        held, rows = measure_stack(build, bf16(precision.library), precision, machine, sizes, args.seed)
         memory.append(held)
         speed += rows
     shape = f"{sizes.layers} blocks of width {sizes.hidden}"

@@ -49,9 +49,9 @@ def transformer_engine(device: str) -> tuple[types.ModuleType | None, str]:
     return (te, "") if usable else (None, reason)
 
 
-def bf16(te: types.ModuleType | None) -> Precision:
-    """BF16 on the same modules as the FP8 recipes, so that only the precision differs."""
-    return Precision("BF16", te or layers)
+def bf16(library: types.ModuleType | None) -> Precision:
+    """BF16 on the same modules as an FP8 recipe (None: our own), so that only the precision differs."""
+    return Precision("BF16", library or layers)
 
 
 def filled(recipe: str, fills: layers.Fills) -> Precision:

@@ -100,6 +100,7 @@ def theory_row(
     Args:
         draft_cost: None: `verify_cost` holds it.
         measured: the speed-up.
+        idle_cost: as in `speedup`; in our loop a pass without a draft is a decode step.
     """
     row = {"how": how, "text": text, "gamma": gamma, "share_percent": 100 * counts.share, "alpha": counts.alpha}
     row |= {"length": counts.accepted_length, "verify_cost": verify_cost, "draft_cost": draft_cost}

@@ -16,6 +16,14 @@ def test_a_fit_finds_the_costs_that_made_the_steps(base, sequence, prompt):
         assert found.step_s(step.sequences, step.prompt_tokens) == pytest.approx(step.seconds, rel=1e-6)
 
 
+@given(st.floats(1e-6, 0.1), st.floats(0, 0.01), st.floats(0, 0.001))
+def test_parts_are_found_again(base, sequence, prompt):
+    true = Costs(base, sequence, prompt)
+    steps = [Step(n, tokens, true.step_s(n, tokens)) for n in (1, 2, 5, 8) for tokens in (0, 32, 64)]
+    found = Costs.fit(steps)
+    assert [found.base_s, found.sequence_s, found.prompt_token_s] == pytest.approx([base, sequence, prompt], abs=1e-9)
+
+
 def test_short_steps_count_as_much_as_long_ones():
     """A long step that is 5% off changes what short steps cost by far less than 5%."""
     costs = Costs(0.012, 0.0006, 0.0003)
@@ -27,7 +35,7 @@ def test_short_steps_count_as_much_as_long_ones():
 def test_no_cost_is_below_zero():
     found = Costs.fit([Step(1, 0, 0.9), Step(2, 0, 0.5), Step(3, 0, 0.1)])
     assert found.sequence_s == 0 and 0.1 < found.base_s < 0.9
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="cannot be found from 2 steps"):
         Costs.fit([Step(1, 0, 1.0)] * 2)
 
 

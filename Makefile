@@ -1,10 +1,11 @@
 # What people type. `make demo` and `make test` set everything up first and reuse it the next time.
 #   GPU=0|1   choose the CPU or the GPU stack; default: GPU if an NVIDIA driver answers
+#   INTO=...  the folder of results that `make record` fills
 #   ARGS=...  more flags for the script, e.g. make demo ARGS="--plot load.png"
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve report test test-quick check-docs lint format bench-serving bench-moe bench-gateway \
-	bench-load bench-monitoring tables lock clean
+	bench-load bench-monitoring record tables lock clean
 
 PY := .venv/bin/python
 export GPU TE PYTHON
@@ -53,6 +54,14 @@ bench-load: install ## the load test's figures against those of `vllm bench serv
 
 bench-monitoring: install ## the server watched and unwatched, same load, ratios
 	@$(PY) tests/bench/monitoring.py $(ARGS)
+
+SCRIPTS := $(filter-out report,$(basename $(notdir $(wildcard ch16/*.py))))
+INTO ?= results/cpu
+
+record: install ## every script in full: results/cpu/*.json and *.png, then the READMEs' tables (INTO=results/h100)
+	@for name in $(SCRIPTS); do echo "== $$name"; \
+	  $(PY) ch16/$$name.py --json $(INTO)/$$name.json --plot $(INTO)/$$name.png || exit; done
+	@$(PY) -m common.results
 
 tables: install ## rewrite the READMEs' measured tables from results/*.json
 	@$(PY) -m common.results

@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ch16.autoscale.costs import read_costs
-from ch16.autoscale.emit import manifest
+from ch16.autoscale.emit import manifest, read_spec
 from ch16.autoscale.hpa import Spec
 from ch16.autoscale.live import check_rows, measure_costs
 from ch16.autoscale.picture import plot
@@ -51,6 +51,7 @@ from common.traces import BUNDLED, Arrival, mean_lengths, read_trace, shrink
 # ---- configuration ----
 
 SPEC = Spec(min_replicas=2, max_replicas=10)  # the chapter's; windows and policies are Kubernetes' defaults
+MANIFEST = Path("k8s/base/hpa.yaml")  # what this repository deploys: it has windows and policies of its own
 BUDGET = 2.6  # replica-hours that the search may spend, over those of replicas that are always full
 SLACK = 10  # the objective, if none is given: so many times the time to first token of an idle replica
 FEWER = 1 / 5  # misses of the best signal, over those of GPU utilization for the same replica-hours
@@ -134,6 +135,7 @@ VALUE_COLUMNS = (
     Column("target", "number", ",.3g"),
     *(Column(f"load{load:g}", f"replicas at a load of {load:g}", "d") for load in SETTLED),
 )
+RULES_COLUMNS = (Column("rules", "windows and policies"), *OUTCOME_COLUMNS[1:])
 BUDGETS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)  # over replica-hours of replicas that are always full
 FRONTIER_COLUMNS = (OUTCOME_COLUMNS[0], OUTCOME_COLUMNS[1], OUTCOME_COLUMNS[2], OUTCOME_COLUMNS[4])
 PRICE_COLUMNS = (
@@ -157,6 +159,7 @@ class Lab:
     request_s: float  # that one takes from a busy replica
     slo_s: float
     rng: np.random.Generator
+    spec: Spec = SPEC
 
     def busy_s(self, tokens_in: np.ndarray | int, tokens_out: np.ndarray | int) -> np.ndarray | float:
         """Seconds that a request takes from a busy replica."""
@@ -183,7 +186,7 @@ class Lab:
 
     def run(self, requests: np.ndarray, scaler: Scaler) -> dict:
         """A row of OUTCOME_COLUMNS, without signal and target."""
-        return self.row(simulate(requests, self.pool, SPEC, scaler))
+        return self.row(simulate(requests, self.pool, self.spec, scaler))
 
     def tried(self, requests: np.ndarray, signal: Signal, target: float) -> Tried:
         """As the search wants it."""
@@ -247,6 +250,27 @@ def value_rows(lab: Lab, target: float) -> list[dict]:
             asked = simulate(requests, lab.pool, SPEC, by_pool(number, per_pod)).asked
             row[f"load{load:g}"] = int(asked[-1])
     return rows
+
+
+def rules_rows(
+    lab: Lab, requests: np.ndarray, signal: Signal, target: float, name: str, spec: Spec, sizes: Sizes
+) -> list[dict]:
+    """Rows of RULES_COLUMNS: the defaults beside the manifest `name`, which says `spec`, and that with its own target.
+
+    Args:
+        requests: [N] of REQUEST, the same for all rows.
+        target: found with the defaults.
+    """
+    there = replace(lab, spec=spec)
+    own, _ = search_targets(there, {"": signal}, sizes)[""]
+    tried = (
+        ("Kubernetes' defaults", lab, target),
+        (f"{name}, the same target", there, target),
+        (f"{name}, a target found with it", there, own),
+    )
+    return [
+        {"rules": rules, "target": at} | fleet.run(requests, by_pods(signal, at)) for rules, fleet, at in tried
+    ]  # fmt: skip
 
 
 def price_rows(frontier: Mapping[str, Sequence[Tried]], chosen: Mapping[str, Signal], full_h: float) -> list[dict]:
@@ -332,12 +356,16 @@ def main() -> int:
     fleet.add_argument("--trace", metavar="FILE", help="also replay this: Azure's .csv or Mooncake's .jsonl")
     fleet.add_argument("--max-gap-s", type=cli.positive_float, default=3600.0, metavar="S",
                        help="without requests, beyond which a trace counts as broken")  # fmt: skip
+    fleet.add_argument("--hpa", metavar="FILE", help="a manifest whose windows and policies are also simulated; "
+                       f"default: this repository's {MANIFEST}")  # fmt: skip
     fleet.add_argument("--emit", action="store_true", help="print the manifest alone; all else goes to stderr")
     args = parser.parse_args()
     if not 0 <= args.cold_start_s < math.inf:
         parser.error(f"--cold-start-s must be at least 0, not {args.cold_start_s}")
     if args.emit and args.plot:
         parser.error("--plot draws what --emit leaves out: give one of them")
+    if args.emit and args.hpa:
+        parser.error("--emit writes a manifest with Kubernetes' default rules, and not those of --hpa")
     machine = detect(args.device)
     model = None if args.costs else models.chosen(args, machine)
     with contextlib.redirect_stdout(sys.stderr if args.emit else sys.stdout):
@@ -378,10 +406,12 @@ def make_lab(args: argparse.Namespace, machine: Machine, model: Model | None, re
 def measure(args: argparse.Namespace, machine: Machine, model: Model | None) -> str:
     """All tables, the claim and the picture; with --emit those that the manifest rests on. Returns the manifest."""
     trace = read_recorded(args.trace, args.max_gap_s) if args.trace else None
+    ours = Path(__file__).resolve().parent.parent / MANIFEST  # an image has the scripts without it
+    deployed = read_spec(args.hpa or ours) if args.hpa or ours.exists() else None
     sizes = sizes_for(machine, args.quick)
     names = ["active"] if args.emit else args.signals
     settings = {"model": model.name if model else None, "costs": args.costs, "cold_start_s": args.cold_start_s}
-    settings |= {"signals": names, "trace": args.trace, "seed": args.seed}
+    settings |= {"signals": names, "trace": args.trace, "hpa": args.hpa, "seed": args.seed}
     report = Report("autoscaling.py", machine, settings, engines=("vllm", "vllm-cpu"))
     report.print_card()
     lab, source = make_lab(args, machine, model, report)
@@ -435,6 +465,12 @@ def measure(args: argparse.Namespace, machine: Machine, model: Model | None) -> 
         report.table("value", "Simulated: Value and AverageValue, steady load for an hour",
                      value_rows(lab, best_target["active"]), VALUE_COLUMNS)  # fmt: skip
     report.table("speed", "The simulation itself", [speed_row(lab, scaler)], SPEED_COLUMNS)
+    if deployed:
+        by_rules = rules_rows(
+            lab, requests, chosen[name], best_target[name], args.hpa or str(MANIFEST), deployed, sizes
+        )
+        title = f"Simulated, the same bursts by other rules of scaling, on {chosen[name].title}"
+        report.table("rules", title, by_rules, RULES_COLUMNS)
     report.claims([claim(rows, frontier.get("gpu", []))])
     report.save(args.json)
     if args.plot:

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import argparse
 import contextlib
 import math
+import types
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
@@ -33,6 +34,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ch16.fp8 import accuracy, formats
+from ch16.fp8.emulated import fast_bf16
 from ch16.fp8.gemm import gemm_columns, measure_gemm
 from ch16.fp8.precision import Precision, bf16, padded_rows, recipes, require_multiples, transformer_engine
 from ch16.fp8.sizes import Sizes
@@ -314,7 +316,7 @@ def main() -> int:
 
     machine = detect(args.device)
     te, why_no_te = transformer_engine(machine.device)
-    base, available = bf16(te), recipes(te)
+    available = recipes(te)
     # Tuning reads 16 times 8,000 tokens: seconds on a GPU, minutes on two CPU cores.
     everything = [name for name in available if name != "tuned" or machine.device == "cuda"]
     wanted = everything if args.recipes == "all" else args.recipes.split(",")
@@ -325,6 +327,29 @@ def main() -> int:
     model = models.resolve(args.model, machine)
     check_memory(machine, sizes, model)
 
+    with fast_bf16(machine):
+        run(args, machine, model, te, why_no_te, [available[name] for name in wanted], sizes, (text, source))
+    return 0
+
+
+def run(
+    args: argparse.Namespace,
+    machine: Machine,
+    model: models.Model,
+    te: types.ModuleType | None,
+    why_no_te: str,
+    chosen: Sequence[Precision],
+    sizes: Sizes,
+    reading: tuple[str, str],
+) -> None:
+    """All tables, and the claims.
+
+    Args:
+        te: Transformer Engine, or None and `why_no_te`.
+        chosen: the FP8 recipes to compare.
+        reading: the text that the model reads, and where it is from.
+    """
+    (text, source), base = reading, bf16(te)
     settings = {"model": model.name, "text": source, "seed": args.seed, **asdict(sizes)}
     report = Report("fp8_quant.py", machine, settings, engines=("transformer-engine", "torch"))
     report.print_card()
@@ -345,7 +370,6 @@ def main() -> int:
         "scaling", f"Quantizing {layer} of {model.name}, the layer with the largest outliers", errors, ERROR_COLUMNS
     )
 
-    chosen = [available[name] for name in wanted]
     fast = [p for p in chosen if p.library is te] or [p for p in chosen if p.name == "row" and machine.native_fp8]
     gemms, speed, memory = [], [], []
 
@@ -356,7 +380,7 @@ def main() -> int:
         gemms = measure_gemms(base, fast, machine, sizes)
         report.table("gemm", "Matrix products, weights quantized once, CUDA graphs", gemms, gemm_columns(fast))
     for precision in fast or chosen:
-        held, rows = measure_stack(build, bf16(precision.library), precision, machine, sizes, args.seed)
+        held, rows = measure_stack(build, precision, machine, sizes, args.seed)
         memory.append(held)
         speed += rows
     shape = f"{sizes.layers} blocks of width {sizes.hidden}"
@@ -374,7 +398,6 @@ def main() -> int:
     report.save(args.json)
     if args.plot:
         plot(args.plot, errors, gemms, [p.name for p in fast], readings)
-    return 0
 
 
 if __name__ == "__main__":

@@ -43,7 +43,6 @@ from ch16.profiling.modes import (
     Decoder,
     check_same,
     launch_modes,
-    synchronise,
     why_not_compiled,
     why_not_replayable,
 )
@@ -62,6 +61,7 @@ from ch16.profiling.trace import Event, Trace, add_memory_track, read_trace, sav
 from ch16.profiling.work import Limits, Weights, Work, limits_of, require_countable
 from common import cli, models
 from common.cli import CannotRun
+from common.device import synchronise
 from common.engine import engine_args, prepare_environment, quiet, stop_engine
 from common.gpu import Machine, detect, free_bytes
 from common.models import Model, kv_bytes_per_token
@@ -348,7 +348,7 @@ def main() -> int:
     report = Report("inference_profiling.py", machine, settings, engines)
     report.print_card()
     torch.manual_seed(args.seed)
-    weights = Weights.of(load_model(model, "meta")[0], model.name)
+    weights = Weights.of(load_model(model, "meta", machine.dtype)[0], model.name)
     limits = limits_of(machine)
     settings |= {"compute_limit_flops": limits.flops_per_s, "memory_limit_bytes_per_s": limits.bytes_per_s}
     print(
@@ -371,7 +371,7 @@ def measure_torch(
     needed, free = memory_needed(weights, model, load), free_bytes(report.machine)
     if needed > free:
         raise CannotRun(f"{model.name} needs {needed / 1e9:.1f} GB for this load, {free / 1e9:.1f} GB are free")
-    network, tokenizer = load_model(model, device)
+    network, tokenizer = load_model(model, device, report.machine.dtype)
     ids = prompts(model, tokenizer, load).to(device)
     rounds = 3 if args.quick else 5
     cost = cost_rows(network, ids, args.stacks, rounds)

@@ -39,7 +39,7 @@ from ch16.kvcache.feed import EngineFeed, Sample
 from ch16.kvcache.watch import watch
 from ch16.kvcache.workloads import Sizes, compare, first_token_ms, fits_rows, run_workloads, throughput
 from common import cli, models
-from common.cli import CannotRun
+from common.cli import CannotRun, first_line
 from common.engine import engine_args, prepare_environment, quiet, start_engine, stop_engine
 from common.gpu import Machine, detect
 from common.load import send_wave
@@ -335,12 +335,19 @@ def plot(path: str, samples: Sequence[Sample], total_blocks: int) -> None:
 
 
 def monitored_engine(settings: dict[str, object], folder: str) -> tuple["LLM", EventStream, float]:
-    """An engine that publishes its cache events, a subscription to them, and the seconds both took."""
-    started = time.perf_counter()
-    from vllm.config import KVEventsConfig  # with vLLM's import, which is part of its start
+    """An engine that publishes its cache events, a subscription to them, and the seconds both took.
 
+    Raises:
+        CannotRun: the engine does not start, or its vLLM has no cache events.
+    """
+    started = time.perf_counter()
     endpoint, replay = f"ipc://{folder}/events", f"ipc://{folder}/replay"
-    events = KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=endpoint, replay_endpoint=replay)
+    try:
+        from vllm.config import KVEventsConfig  # with vLLM's import, which is part of its start
+
+        events = KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=endpoint, replay_endpoint=replay)
+    except Exception as error:  # an import that fails, or a setting that this version does not know
+        raise CannotRun(f"vLLM did not start with KV cache events: {first_line(error)}") from None
     llm, _ = start_engine(settings | {"kv_events_config": events})
     return llm, EventStream(endpoint, replay), time.perf_counter() - started
 
@@ -354,6 +361,10 @@ def main() -> int:
         "--seconds", type=cli.positive_float, metavar="S", help="--watch: for how long; default: Ctrl-C"
     )
     args = parser.parse_args()
+    if args.watch and (args.json or args.plot):
+        parser.error("--watch only shows what it sees; --json and --plot belong to the workloads")
+    if args.seconds and not args.watch:
+        parser.error("--seconds belongs to --watch")
     if args.watch:
         watch(args.watch, args.seconds)
         return 0
@@ -380,7 +391,7 @@ def measure(args: argparse.Namespace, machine: Machine, model: Model) -> int:
     }  # fmt: skip
     if machine.device == "cuda":
         settings["gpu_memory_utilization"] = 0.28  # three engines share the GPU
-    cache_dtype = str(settings.get("kv_cache_dtype", "auto"))
+    cache_dtype = str(settings.get("kv_cache_dtype", machine.dtype))
     block_bytes = sizes.block_size * kv_shape(model.config, cache_dtype).bytes_per_token
 
     shown = {"model": model.name, "dummy_weights": model.dummy, "seed": args.seed, **asdict(sizes)}

@@ -38,7 +38,7 @@ from ch16.balancing.lab import FAULT_COLUMNS, OUTCOME_COLUMNS, Plan, claim, faul
 from ch16.balancing.picture import plot
 from common import cli, models
 from common.engine import quiet
-from common.gpu import Machine, detect
+from common.gpu import Machine, detect, device_names
 from common.models import Model
 from common.results import Report
 from common.server import ServerProcess, listen
@@ -266,14 +266,15 @@ def replica_commands(machine: Machine, model: Model | None, seed: int) -> list[t
     if model is None:
         return [(standin_command(), {}) for _ in range(REPLICAS)]
     script = Path(__file__).with_name("inference_serving.py")
-    weights = ["--dummy-weights", model.name] if model.dummy else ["--model", model.path]
-    command = [sys.executable, str(script), "--serve", "--seed", str(seed), "--max-num-seqs", "32", *weights]
+    command = [sys.executable, str(script), "--serve", "--seed", str(seed), "--max-num-seqs", "32"]
+    command += ["--model", model.absolute_path]
     if machine.device == "cpu":  # one thread each, on few cores for many processes
         threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         return [([*command, "--device", "cpu"], threads) for _ in range(REPLICAS)]
     share = 0.85 / math.ceil(REPLICAS / machine.count)
     memory = ["--tensor-parallel", "1", "--gpu-memory-utilization", f"{share:.2f}"]
-    return [([*command, *memory], {"CUDA_VISIBLE_DEVICES": str(i % machine.count)}) for i in range(REPLICAS)]
+    devices = device_names(machine)
+    return [([*command, *memory], {"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]}) for i in range(REPLICAS)]
 
 
 def lab(args: argparse.Namespace) -> int:
@@ -285,11 +286,11 @@ def lab(args: argparse.Namespace) -> int:
     model = None
     if not fake:
         quiet()
-        model = models.chosen(args, machine)
+        model = models.resolve(args.model, machine)
     plan = plan_for(machine, fake, args.quick)
     name = model.name if model else "simulated"
     settings = {"model": name, "policy": args.policy, "replicas": REPLICAS, "rate": plan.rate, "tokens": plan.tokens}
-    report = Report("ch16/load_balancer.py", machine, settings)
+    report = Report("load_balancer.py", machine, settings)
     report.print_card()
 
     def body(number: int) -> dict[str, object]:
@@ -359,8 +360,10 @@ def main() -> int:
     gateway.add_argument("--max-body-bytes", type=cli.positive_int, default=Limits.max_body_bytes, help="then 413")
     laboratory = parser.add_argument_group("lab")
     laboratory.add_argument("--fake-replicas", action="store_true", help="stand-ins without a model; also with --quick")
-    models.dummy_weights_flag(laboratory)
+    parser.add_argument("--dummy-weights", help=argparse.SUPPRESS)  # a flag of other scripts: say why not of this one
     args = parser.parse_args()
+    if args.dummy_weights:
+        parser.error("random weights come without a tokenizer, and the lab sends text: use --model")
     return serve(args) if args.servers or args.discover else lab(args)
 
 

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from ch16.scheduling.fairness import TokenCounters
 from ch16.scheduling.live import serve
-from ch16.scheduling.mix import CLASSES, HEAVY, WAIT_COLUMNS, Job, bursty_mix, wait_rows
+from ch16.scheduling.mix import CLASSES, WAIT_COLUMNS, Job, bursty_mix, by_class, by_tenant, wait_rows
 from ch16.scheduling.picture import plot
 from ch16.scheduling.simulate import Clock, simulate
 from ch16.scheduling.speed import SPEED_COLUMNS, speed_rows
@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment tha
 
 TTFT_TARGET = 0.25  # P99 time to first token of high priority, over that of first come, first served
 THROUGHPUT_TARGET = 0.97
+LEAST = 50  # live requests: of fewer there may be none of high priority, which is a fifth of them
 SLACK = 64  # entries of requests that no longer wait, which a heap may keep beside as many as do
 LEVELS = max(priority for priority, _ in CLASSES.values())
 
@@ -58,10 +59,10 @@ LEVELS = max(priority for priority, _ in CLASSES.values())
 class Sizes:
     """The live load: slots of the engine, tokens in and out of a request, seconds of requests, their load."""
 
-    slots: int
+    slots: int  # requests that are decoded together
     tokens_in: int
-    tokens_out: int
-    seconds: float
+    tokens_out: int  # on average
+    seconds: float  # during which requests come; longer for a slow model, see live_load
     load: float = 1.3  # of what the engine can take: a queue grows
 
 
@@ -316,23 +317,30 @@ CHECK_COLUMNS = (
 LIVE = ("vLLM, first come first served", "vLLM, priority", "InferenceScheduler, ageing")
 
 
-def by_class(job: Job) -> str:
-    """Urgency, as a group of rows."""
-    return f"{list(CLASSES).index(job.kind) + 1} {job.kind}"
-
-
-def by_tenant(job: Job) -> str:
-    """The tenant that sends most, or one of the others."""
-    return "heavy tenant" if job.tenant == HEAVY else "light tenants"
-
-
 def bound_of(ageing_s: float, fcfs_s: float) -> Callable[[Job], float]:
     """What ageing promises: whoever comes more than priority * ageing_s later does not overtake (0 is the lowest here).
 
     So a request is served no later than one without priorities that comes so much later, and waits `fcfs_s` at worst;
     give or take the run of one request, since answers differ in length.
+
+    Args:
+        ageing_s: seconds of waiting that make up for one level of priority.
+        fcfs_s: the longest wait without priorities, in seconds.
+
+    Returns:
+        The most seconds that a job waits for its first token.
     """
     return lambda job: job.priority * ageing_s + fcfs_s
+
+
+def live_load(sizes: Sizes, costs: Costs) -> tuple[int, float, float]:
+    """How many requests to send, how many a second on average, and for how many seconds.
+
+    A model so slow that it could answer only a few within `sizes.seconds` gets more time, until there are LEAST.
+    """
+    per_s = sizes.load / costs.slot_s(sizes.slots, sizes.tokens_in, sizes.tokens_out)
+    seconds = max(sizes.seconds, LEAST / per_s)
+    return max(LEAST, int(per_s * seconds)), per_s, seconds
 
 
 def live_rows(
@@ -340,17 +348,22 @@ def live_rows(
 ) -> tuple[list[dict], list[dict], Costs, list[dict]]:
     """The same requests at the same times by three policies on the real engine.
 
+    Args:
+        plain, urgent: engines that serve by arrival, and by priority.
+        vocab_size: of the model; prompts are random tokens.
+
     Returns:
-        Rows of WAIT_COLUMNS; rows of CHECK_COLUMNS; what a step costs; a point a request for the plot.
+        Rows of WAIT_COLUMNS; rows of CHECK_COLUMNS; what a step costs; for the plot a point for each request and
+        policy, times in seconds.
     """
     shape = (sizes.tokens_in, sizes.tokens_out)
     warm = bursty_mix(2 * sizes.slots, 1e6, math.inf, *shape, seed + 1)  # all at once
     for llm in (plain, urgent, plain):
         _, steps = serve(llm, warm, vocab_size, seed + 1)
     costs = Costs.fit(steps)
-    rate = 1 / costs.slot_s(sizes.slots, *shape)
-    jobs = bursty_mix(int(sizes.load * rate * sizes.seconds), sizes.load * rate, math.inf, *shape, seed)
-    ageing_s = sizes.seconds / 4 / LEVELS  # the least urgent wait a quarter of the run to be as urgent as any
+    count, per_s, seconds = live_load(sizes, costs)
+    jobs = bursty_mix(count, per_s, math.inf, *shape, seed)
+    ageing_s = seconds / 4 / LEVELS  # the least urgent wait a quarter of the run to be as urgent as any
 
     fcfs, _ = serve(plain, jobs, vocab_size, seed)
     by_priority, _ = serve(urgent, jobs, vocab_size, seed)
@@ -379,7 +392,12 @@ def live_rows(
 
 
 def simulated_rows(costs: Costs, sizes: Sizes, count: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """Rows of WAIT_COLUMNS by class and by tenant: `count` requests in bursts of minutes, simulated."""
+    """Rows of WAIT_COLUMNS by class and by tenant: `count` requests in bursts of minutes, simulated.
+
+    Args:
+        costs: of a step of the real engine.
+        sizes: slots and tokens; its seconds are not used.
+    """
     shape = (sizes.tokens_in, sizes.tokens_out)
     rate = 1 / costs.slot_s(sizes.slots, *shape)
     period_s = 600.0
@@ -459,7 +477,8 @@ def measure(args: argparse.Namespace, machine: Machine, model: Model) -> None:
     rows, check, costs, points = live_rows(plain, urgent, sizes, model.vocab_size, args.seed)
     stop_engine(plain)
     stop_engine(urgent)
-    title = f"{model.name}, {sizes.slots} at once, {sizes.load:.1f} times what it can take for {sizes.seconds:.0f} s"
+    _, _, seconds = live_load(sizes, costs)
+    title = f"{model.name}, {sizes.slots} at once, {sizes.load:g} times what it can take for {seconds:.3g} s"
     report.table("live", title, rows, WAIT_COLUMNS)
     report.table("check", "The simulation against the real engine, same requests", check, CHECK_COLUMNS)
 

@@ -9,7 +9,7 @@ of `load_balancer.py` in front) and sends all of them the same load with vLLM's 
 Made for one host with several GPUs. Two CPU cores run the same processes on a small model with random weights: there it
 shows that the launch works, not which layout is fast.
 
-    python3 ch16/serving_layouts.py                               # every layout that the model's heads allow
+    python3 ch16/serving_layouts.py                               # every layout that the model allows
     python3 ch16/serving_layouts.py --quick --plot layouts.png    # stand-ins for the replicas (simulated)
     python3 ch16/serving_layouts.py --dry-run                     # processes and memory on 8 GPUs, nothing started
     python3 ch16/serving_layouts.py --dummy-weights deepseek-coder-33b --layouts 8x1 2x4 1x8 --gpu-hour-price 2.5
@@ -36,7 +36,6 @@ from ch16.layouts.launch import (
     Command,
     Service,
     cache_tokens,
-    device_names,
     gateway_command,
     replica_commands,
     running,
@@ -44,10 +43,10 @@ from ch16.layouts.launch import (
 )
 from ch16.layouts.picture import plot_layouts, plot_plan
 from ch16.layouts.plan import WORKING_BYTES, Layout, gib, parse_layout, possible_layouts, problem, room_for
-from common import cli, models
+from common import cli, models, targets
 from common.cli import CannotRun
 from common.engine import quiet, use_fp8
-from common.gpu import Machine, UtilizationSampler, detect
+from common.gpu import Machine, UtilizationSampler, detect, device_names
 from common.loadclient import Load, Objective, Target, run_load
 from common.models import Model
 from common.results import Column, Report, Verdict, judge, not_applicable
@@ -61,8 +60,6 @@ CPU_RANKS = 2
 MAX_MODEL_LEN = 4096  # the server's default
 SEQUENCE_TOKENS = 1024  # of a request in the dry run's table
 FIRST_PORT, GATEWAY_PORT = 8001, 9000  # in the dry run's commands
-CLAIM_GPUS, CLAIM_PARAMETERS = 8, 30e9
-CLAIM_TOKENS_PER_S, CLAIM_P50_MS, CLAIM_P99_MS, CLAIM_BUSY = 15_000, 50.0, 100.0, (85.0, 95.0)
 
 LAYOUT_COLUMNS = (
     Column("layout", "layout"),
@@ -186,22 +183,17 @@ def marked(rows: list[dict], objective: Objective) -> list[dict]:
 
 def claims(best: dict, layout: Layout, model: Model | None, machine: Machine) -> list[Verdict]:
     """S1 to S4 by the best row of all layouts; they are about eight GPUs and a 33B model."""
-    p50, p99, gpus = best["tpot_p50_ms"], best["tpot_p99_ms"], best["utilization"]
-    low, high = CLAIM_BUSY
-    verdicts = [
-        judge("S1", best["tokens_per_s"] >= CLAIM_TOKENS_PER_S, f"{best['tokens_per_s']:,.0f} tok/s as {layout}"),
-        judge("S2", p50 < CLAIM_P50_MS, f"{p50:.1f} ms"),
-        judge("S3", p99 < CLAIM_P99_MS, f"{p99:.1f} ms"),
-        judge("S4", low <= gpus <= high, f"{gpus:.0f}%") if gpus else not_applicable("S4", "no GPU was sampled"),
-    ]
+    throughput = best["tokens_per_s"]
+    s1 = judge("S1", throughput >= targets.TOKENS_PER_S, f"{throughput:,.0f} tok/s as {layout}")
+    verdicts = [s1, *targets.judged(best)]
     if model is None:
         reason = "the replicas were stand-ins"
     elif machine.device == "cpu":
         reason = f"the claim is about GPUs and a 33B model; this is a CPU and {model.name}"
-    elif (models.parameter_count(model.config) or 0) < CLAIM_PARAMETERS:
-        reason = f"the claim is about a 33B model; this is {model.name}"
-    elif layout.devices < CLAIM_GPUS:
-        reason = f"the claim is about {CLAIM_GPUS} GPUs, this was measured on {layout.devices}"
+    elif smaller := targets.another_model(model):
+        reason = smaller
+    elif layout.devices < targets.GPUS:
+        reason = f"the claim is about {targets.GPUS} GPUs, this was measured on {layout.devices}"
     else:
         return verdicts
     return [not_applicable(v.claim, v.reason or reason, v.measured) for v in verdicts]
@@ -281,7 +273,7 @@ def dry_run(args: argparse.Namespace) -> int:
                 commands[layout] = replica_commands(layout, service)
 
     settings = {"model": model.name, "quantization": args.quantization, "dry_run": True}
-    report = Report("ch16/serving_layouts.py", here, settings)
+    report = Report("serving_layouts.py", here, settings)
     precision = "FP8 weights and KV cache" if fp8 else "BF16"
     report.table("plan", f"Plan for {model.name}, {precision} (computed, nothing is started)", rows, PLAN_COLUMNS)
     refused = [row for row in rows if row["problem"]]
@@ -326,7 +318,7 @@ def compare(args: argparse.Namespace) -> int:
     service = Service(model, machine, device_names(machine), at_once, args.quantization, args.seed)
     settings = {"model": what, "tokens_in": loads[0].tokens_in, "tokens_out": loads[0].tokens_out, "seed": args.seed}
     settings |= {"quantization": args.quantization, **vars(objective)}
-    report = Report("ch16/serving_layouts.py", machine, settings)
+    report = Report("serving_layouts.py", machine, settings)
     report.print_card()
     rows, starts, bests = [], [], {}
     for layout in layouts:

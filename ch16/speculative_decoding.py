@@ -55,7 +55,6 @@ from common.gpu import Machine, detect
 from common.models import Model, parameter_count
 from common.results import Column, Report, Verdict, judge
 from common.text import load_model
-from common.timing import percentile
 
 if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment that prepare_environment sets
     from vllm import LLM
@@ -79,8 +78,13 @@ class Sizes:
     rounds: int
 
 
+def least_tokens(gamma: int) -> int:
+    """Tokens of an answer that has room for more than one draft of `gamma` and the token after it."""
+    return gamma + 2
+
+
 def sizes_for(machine: Machine, quick: bool, tokens: int | None, gamma: int) -> Sizes:
-    """Some seconds for each figure; the gamma that was chosen is among those tried."""
+    """Some seconds for each figure; the gamma that was chosen is among those tried, and answers have room for it."""
     if quick:
         sizes = Sizes(2, 32, 1, 24, (1, 4, 8), (1, 16), 1)
     elif machine.device == "cuda":
@@ -89,6 +93,8 @@ def sizes_for(machine: Machine, quick: bool, tokens: int | None, gamma: int) -> 
         sizes = Sizes(4, 64, 2, 64, (1, 2, 4, 8, 16), (1, 4, 16, 64), 2)
     if tokens:
         sizes = replace(sizes, loop_tokens=tokens, tokens=tokens)
+    least = least_tokens(gamma)
+    sizes = replace(sizes, loop_tokens=max(least, sizes.loop_tokens), tokens=max(least, sizes.tokens))
     return replace(sizes, gammas=tuple(sorted({*sizes.gammas, gamma})))
 
 
@@ -137,7 +143,7 @@ BATCH_COLUMNS = (
 
 
 def engine_settings(model: Model, machine: Machine, context: int, batch: int) -> dict[str, object]:
-    """Arguments of each of two engines that share the machine, in BF16 as the loop.
+    """Arguments of each of two engines that share the machine, unquantized as the loop.
 
     Raises:
         CannotRun: there is no room for two.
@@ -154,17 +160,21 @@ def engine_settings(model: Model, machine: Machine, context: int, batch: int) ->
 
 
 @dataclass(frozen=True)
-class Alone:
-    """What one request at a time gave: the speed-up, what became of its drafts, all steps of each engine."""
+class Pair:
+    """The same requests without and with speculation: all steps of each engine, and what became of the drafts."""
 
-    speedup: float
     counts: Counts
     plain: Wave
     speculative: Wave
 
     @property
+    def speedup(self) -> float:
+        """Of all rounds together."""
+        return self.speculative.tokens_per_s / self.plain.tokens_per_s
+
+    @property
     def verify_cost(self) -> float | None:
-        """A pass that verified a draft, in decode steps: medians of the same runs, so that a slow host slows both."""
+        """A pass that verified a draft, in decode steps of the same rounds, so that a slow host slows both."""
         seconds = self.speculative.step_seconds(gave_more=True)
         return seconds and seconds / self.plain.step_seconds()
 
@@ -188,11 +198,11 @@ def measure_engine(
             times = sizes.rounds if batch == 1 else 1  # many requests at once are an average already
             rounds = [[batched(one, requests, batch, sizes.tokens) for one in (plain, llm)] for _ in range(times)]
             counts = counts_between(before, read_counters(llm), sum(wave.passes for _, wave in rounds))
-            base, fast = (percentile([wave.tokens_per_s for wave in of], 50) for of in zip(*rounds, strict=True))
-            ratio = percentile([two.tokens_per_s / one.tokens_per_s for one, two in rounds], 50)
+            both = Pair(counts, *(joined(of) for of in zip(*rounds, strict=True)))
             answers = [wave.answers for wave in rounds[-1]]
             rows.append(
-                {"how": how, "text": text, "batch": batch, "plain": base, "speculative": fast, "speedup": ratio}
+                {"how": how, "text": text, "batch": batch, "speedup": both.speedup}
+                | {"plain": both.plain.tokens_per_s, "speculative": both.speculative.tokens_per_s}
                 | {"share_percent": 100 * counts.share, "length": counts.accepted_length}
                 | compare(
                     *answers,
@@ -202,7 +212,7 @@ def measure_engine(
                 )
             )
             if batch == 1:
-                alone[text] = Alone(ratio, counts, *(joined(of) for of in zip(*rounds, strict=True)))
+                alone[text] = both
     idle = next((one.idle_cost for one in alone.values() if one.idle_cost), 1.0)  # the same engine, whatever the text
     theory = [
         theory_row(f"vLLM, {how}", text, gamma, one.counts, one.verify_cost, None, one.speedup, idle)
@@ -250,15 +260,15 @@ def main() -> int:
     """Check the models, measure the loop, then vLLM; print the claim."""
     parser = cli.standard_parser(__doc__, model_help="the target: auto, bundled, a folder, or a hub id")
     parser.add_argument("--gamma", type=cli.positive_int, default=4, help="tokens to draft for a pass")
-    parser.add_argument("--tokens", type=cli.positive_int, help="of an answer; default: by machine")
+    parser.add_argument("--tokens", type=cli.positive_int, help="of an answer; default: by machine and --gamma")
     parser.add_argument("--draft", metavar="MODEL", help="also draft with this smaller model of the same tokenizer")
     parser.add_argument("--eagle", metavar="MODEL", help="also draft with this EAGLE head (vLLM only)")
     parser.add_argument("--dummy-weights", help=argparse.SUPPRESS)  # a flag of other scripts: say why not of this one
     args = parser.parse_args()
     if args.dummy_weights:
         parser.error("random weights accept drafts at random, so speculation needs a real model: use --model")
-    if args.tokens and args.tokens < args.gamma + 2:
-        parser.error(f"--tokens must be at least {args.gamma + 2}: more than one draft and the token after it")
+    if args.tokens and args.tokens < (least := least_tokens(args.gamma)):
+        parser.error(f"--tokens must be at least {least}: more than one draft and the token after it")
     machine = detect(args.device)
     quiet()
     prepare_environment(machine)
@@ -314,14 +324,17 @@ def run(args: argparse.Namespace, machine: Machine, model: Model, draft: Model |
 def loop_on(
     machine: Machine, model: Model, draft: Model | None, texts: Texts, sizes: Sizes, args: argparse.Namespace
 ) -> tuple[list[dict], list[dict], list[dict]]:
-    """`measure_loop` in BF16, and whether greedy answers are the same in FP32; the models are gone afterwards."""
-    network, _ = load_model(model, machine.device)
-    smaller = load_model(draft, machine.device)[0] if draft else None
+    """`measure_loop`, and whether greedy answers are the same in FP32; the models are gone afterwards."""
+    # On Hopper PyTorch prefers cuDNN's attention, which plans each new length first, and here each pass has one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    network, _ = load_model(model, machine.device, machine.dtype)
+    smaller = load_model(draft, machine.device, machine.dtype)[0] if draft else None
     texts = {name: requests[: sizes.loop_tasks] for name, requests in texts.items()}
     rows, by_gamma, theory = measure_loop(
         network, smaller, texts, sizes.loop_tokens, args.gamma, sizes.gammas, args.seed
     )
-    if 4 * sum(p.numel() for p in network.parameters()) < FP32_PART * machine.memory_bytes:
+    exact = network.dtype == torch.float32  # already
+    if not exact and 4 * sum(p.numel() for p in network.parameters()) < FP32_PART * machine.memory_bytes:
         rows += exact_rows(network, texts["copying"], sizes.loop_tokens, args.gamma, args.seed)
     del network, smaller
     gc.collect()

@@ -1,15 +1,19 @@
 """The flags every script has, and errors as one clear line.
 
 Exit status: 0 when the script ran (a missed performance target is a result), 2 for a usage error,
-1 for a failure, 130 when interrupted.
+1 for a failure, 130 when interrupted, 141 when nobody reads the output (`script | head`).
 """
 
 import argparse
 import math
 import os
+import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
+
+INTERRUPTED, UNREAD = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell reports of a process that a signal ends
 
 
 class CannotRun(Exception):
@@ -43,7 +47,7 @@ def standard_parser(doc: str, model_help: str | None = None) -> argparse.Argumen
     common.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     if model_help is not None:
         common.add_argument("--model", default="auto", help=model_help)
-    common.add_argument("--seed", type=int, default=0, help="for everything random")
+    common.add_argument("--seed", type=non_negative_int, default=0, help="for everything random")
     common.add_argument("--json", type=output_file, metavar="FILE", help="also write what was measured to FILE")
     common.add_argument("--plot", type=png_file, metavar="FILE.png", help="also draw it to FILE.png")
     return parser
@@ -73,6 +77,14 @@ def non_negative_int(text: str) -> int:
     return value
 
 
+def non_negative_float(text: str) -> float:
+    """argparse type: a number of at least 0, and no infinity."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
+    return value
+
+
 def output_file(text: str) -> str:
     """argparse type: a file that can be written, found out before anything is measured."""
     path = Path(text).absolute()
@@ -92,16 +104,46 @@ def png_file(text: str) -> str:
 def run(main: Callable[[], int | None]) -> None:
     """Run `main` and exit with its status; an expected failure becomes one line on stderr, not a traceback."""
     try:
-        status = main()
+        try:
+            status = _status(main)
+        finally:
+            sys.stdout.flush()  # while a reader that has left can still be dealt with
+    except BrokenPipeError:
+        unread = [stream for stream in (sys.stdout, sys.stderr) if _nobody_reads(stream)]
+        if not unread:  # another pipe
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in unread:  # what it still holds is written when Python ends
+            os.dup2(nowhere, stream.fileno())
+        status = UNREAD
+    sys.exit(status or 0)
+
+
+def _status(main: Callable[[], int | None]) -> int | None:
+    try:
+        return main()
     except CannotRun as error:
         print(f"error: {error}", file=sys.stderr)
-        status = 1
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; this module does not import torch
-            raise
-        print(f"error: out of GPU memory: {first_line(error)} Choose smaller sizes.", file=sys.stderr)
-        status = 1
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        status = 130
-    sys.exit(status or 0)
+        return INTERRUPTED
+    except Exception as error:
+        what = type(error).__name__  # torch's and vLLM's: this module imports neither
+        if what == "OutOfMemoryError":
+            print(f"error: out of GPU memory: {first_line(error)} Choose smaller sizes.", file=sys.stderr)
+        elif what == "EngineDeadError":
+            print("error: the engine died (VLLM_LOGGING_LEVEL=INFO shows its log)", file=sys.stderr)
+        else:
+            raise
+        return 1
+
+
+def _nobody_reads(stream: TextIO) -> bool:
+    """Whether it is a pipe that its reader has closed."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)  # errors and hang-ups are reported without being asked for
+        return bool(poll.poll(0))
+    except (OSError, ValueError):  # no file, or closed
+        return False

@@ -28,7 +28,10 @@ class Costs:
 
     @staticmethod
     def fit(steps: Sequence[Step]) -> "Costs":
-        """Least squares over measured steps, of errors relative to each step; no part below zero.
+        """Least squares over measured steps, of errors relative to each step.
+
+        A part below zero is no cost: the most negative one is taken to be zero and the others are fitted anew, until
+        none is negative. (That need not be the best fit of all without negative parts.)
 
         Steps with prompts take many times as long as those without: their absolute errors would hide the others.
 

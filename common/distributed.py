@@ -22,7 +22,6 @@ class Ranks:
 
     rank: int  # 0 .. world_size - 1
     world_size: int
-    local_rank: int  # among the processes of this host: which GPU is mine
     device: torch.device
 
     @property
@@ -69,7 +68,7 @@ def process_group(device: str = "cpu", timeout_s: float = 120.0) -> Iterator[Ran
         **alone,
     )
     try:
-        yield Ranks(rank, world_size, local_rank, own_device)
+        yield Ranks(rank, world_size, own_device)
         # Nobody leaves while another rank still needs an answer. Skipped after an error: the others may
         # be stuck in a collective that this rank will never join, and only its exit frees them.
         dist.barrier()

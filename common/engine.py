@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from common.cli import CannotRun, first_line
 from common.gpu import Machine, versions
-from common.models import Model, parameter_count, tensor_parallel_size
+from common.models import Model, parameter_count, tensor_parallel_size, why_not_sharded
 
 if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment that prepare_environment sets
     from vllm import LLM
@@ -96,12 +96,13 @@ def engine_args(
 
     Args:
         quantization: "auto" (FP8 where the GPU computes it), "fp8" or "none". FP8 weights bring an FP8 KV cache.
-        tensor_parallel: GPUs (or CPU ranks) one copy of the model is sharded over; default: all that its heads allow.
+        tensor_parallel: GPUs (or CPU ranks) one copy of the model is sharded over; default: as many as it divides into.
         max_model_len: longest prompt plus answer in tokens, cut to what the model can.
         max_num_seqs: sequences decoded together; default: vLLM's choice on a GPU, 32 on a CPU.
 
     Raises:
-        CannotRun: FP8 without FP8 units, more ranks than GPUs, or weights larger than the memory.
+        CannotRun: FP8 without FP8 units, more ranks than GPUs or than the model divides into, or weights larger than
+            the memory.
     """
     # A checkpoint that is quantized already (AWQ, GPTQ, FP8, ...) says so itself, and is left as it is.
     fp8 = "quantization_config" not in model.config and use_fp8(machine, quantization)
@@ -109,12 +110,9 @@ def engine_args(
     ranks = tensor_parallel or (tensor_parallel_size(model.config, machine.count) if on_gpu else 1)
     if on_gpu and ranks > machine.count:
         raise CannotRun(f"tensor parallelism over {ranks} GPUs, but this machine has {machine.count}")
-    if tensor_parallel_size(model.config, ranks) != ranks:
-        raise CannotRun(
-            f"{model.name} cannot be sharded over {ranks} ranks: "
-            f"{model.config.get('num_attention_heads')} attention heads do not divide evenly"
-        )
-    _check_memory(model, machine, ranks, bytes_per_weight=1 if fp8 else 2)
+    if why := why_not_sharded(model.config, ranks):
+        raise CannotRun(f"{model.name} cannot be sharded: {why}")
+    _check_memory(model, machine, ranks, bytes_per_weight=1 if fp8 else machine.itemsize)
 
     args: dict[str, object] = {
         "model": model.path,
@@ -128,6 +126,8 @@ def engine_args(
         args["gpu_memory_utilization"] = GPU_MEMORY_UTILIZATION
     elif ranks == 1 and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
         args["distributed_executor_backend"] = "uni"
+    if not machine.native_bf16:  # else as the checkpoint says
+        args["dtype"] = machine.dtype
     if fp8:
         args |= {"quantization": "fp8", "kv_cache_dtype": "fp8"}
     if max_num_seqs or not on_gpu:
@@ -146,10 +146,12 @@ def _check_memory(model: Model, machine: Machine, ranks: int, bytes_per_weight: 
     weights = parameters * bytes_per_weight / ranks
     room = machine.memory_bytes * GPU_MEMORY_UTILIZATION
     if weights > room:
-        device = "GPU" if machine.device == "cuda" else "this machine"
+        each = f" on each of {ranks} GPUs" if ranks > 1 else ""
+        device = "this machine" if machine.device == "cpu" else "a GPU"
+        more = "" if machine.device == "cpu" else " or more GPUs"
         raise CannotRun(
-            f"{model.name} does not fit: {weights / 2**30:.0f} GiB of weights on each of {ranks}, "
-            f"{device} has {room / 2**30:.0f} GiB to use; take a smaller --model or more GPUs"
+            f"{model.name} does not fit: {weights / 2**30:.0f} GiB of weights{each}, "
+            f"{device} has {room / 2**30:.0f} GiB to use; take a smaller --model{more}"
         )
 
 
@@ -183,5 +185,4 @@ def start_engine(settings: dict[str, object]) -> tuple["LLM", float]:
 def stop_engine(llm: "LLM") -> None:
     """Give the engine's memory back, so that another one can start."""
     llm.llm_engine.engine_core.shutdown()
-    del llm
     gc.collect()

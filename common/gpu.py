@@ -43,6 +43,9 @@ PEAKS = {
 }
 
 
+DTYPE_NAMES = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
+
+
 @dataclass(frozen=True)
 class Machine:
     """The devices a script will use. `memory_bytes` is one device's; on a CPU, the RAM of the machine."""
@@ -56,6 +59,20 @@ class Machine:
     native_bf16: bool
     native_fp8: bool
     peak: Peak = field(default_factory=Peak)
+
+    @property
+    def dtype(self) -> str:
+        """What models compute in here, as torch and vLLM call it: BF16 where there are units for it.
+
+        Elsewhere a CPU emulates it: with AVX2 alone, a decode step of the bundled model took 30 times as long as in
+        FP32. GPUs before Ampere have FP16.
+        """
+        return "bfloat16" if self.native_bf16 else "float32" if self.device == "cpu" else "float16"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of this type."""
+        return 4 if self.dtype == "float32" else 2
 
     def as_dict(self) -> dict:
         """For JSON: the fields above and the versions of the stack."""
@@ -73,6 +90,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def device_names(machine: Machine) -> list[str]:
+    """This machine's GPUs by the names that CUDA_VISIBLE_DEVICES has for them."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = listed.split(",") if listed else map(str, range(machine.count))
+    return [name.strip() for name in names if name.strip()][: machine.count]
+
+
 def detect(device: str = "auto") -> Machine:
     """This machine, as the scripts use it.
 
@@ -81,14 +105,14 @@ def detect(device: str = "auto") -> Machine:
             installed stack can use them.
 
     Raises:
-        CannotRun: "cuda" was asked for and no GPU answers, or the CPU stack is installed.
+        CannotRun: "cuda" was asked for and no GPU answers, or the CPU stack is installed; or the driver does not say
+            what the GPU is.
     """
     cpu_stack = versions().get("torch", "").endswith("+cpu")
-    if device != "cpu" and (gpus := _gpus()):
+    if (device == "cuda" or (device == "auto" and not cpu_stack)) and (gpus := _gpus()):
         if not cpu_stack:
             return gpus[0]
-        if device == "cuda":
-            raise CannotRun("the CPU stack is installed and cannot use the GPU; run: make install GPU=1")
+        raise CannotRun("the CPU stack is installed and cannot use the GPU; run: make install GPU=1")
     if device == "cuda":
         raise CannotRun("no GPU found: the NVIDIA driver lists none (try nvidia-smi, or --device cpu)")
     flags, name = _cpu_info()
@@ -105,24 +129,32 @@ def detect(device: str = "auto") -> Machine:
 
 
 def _gpus() -> list[Machine]:
-    """A Machine for this process's first GPU (the others are of its kind); empty without a driver."""
+    """A Machine for this process's first GPU (the others are of its kind); empty without a driver.
+
+    Raises:
+        CannotRun: the driver refuses to say what they are.
+    """
     try:
         import pynvml
 
         pynvml.nvmlInit()
     except Exception:  # no package, no library, no driver: all mean "no GPU here"
         return []
-    handles = visible_handles(pynvml)
-    if not handles:
-        return []
-    name = pynvml.nvmlDeviceGetName(handles[0])
-    capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handles[0]))
+    try:
+        handles = visible_handles(pynvml)
+        if not handles:
+            return []
+        name = pynvml.nvmlDeviceGetName(handles[0])
+        capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handles[0]))
+        memory_bytes = min(_memory_bytes(pynvml, handle) for handle in handles)
+    except pynvml.NVMLError as error:
+        raise CannotRun(f"the NVIDIA driver does not answer: {error} (try nvidia-smi, or --device cpu)") from None
     return [
         Machine(
             device="cuda",
             name=name,
             count=len(handles),
-            memory_bytes=min(pynvml.nvmlDeviceGetMemoryInfo(h).total for h in handles),
+            memory_bytes=memory_bytes,
             cores=len(os.sched_getaffinity(0)),
             capability=capability,
             native_bf16=capability >= (8, 0),
@@ -130,6 +162,14 @@ def _gpus() -> list[Machine]:
             peak=PEAKS.get(name, Peak()),
         )
     ]
+
+
+def _memory_bytes(nvml, handle: object) -> int:  # noqa: ANN001 (as in visible_handles)
+    """Bytes of a GPU's memory; where it has none of its own (GPU and processor share it), the RAM."""
+    try:
+        return nvml.nvmlDeviceGetMemoryInfo(handle).total
+    except nvml.NVMLError_NotSupported:
+        return psutil.virtual_memory().total
 
 
 def free_bytes(machine: Machine) -> int:
@@ -192,9 +232,9 @@ def card(machine: Machine) -> str:
             f"{_tera(peak.bytes_per_s, 'TB/s')}"
         )
     else:
-        bf16 = "native" if machine.native_bf16 else "emulated"
+        bf16 = "BF16 units" if machine.native_bf16 else "no BF16 units: models in FP32"
         what = f"{machine.name}, {machine.cores} cores, {memory}"
-        limits = f"limits: unknown; BF16 {bf16}, no FP8 units"
+        limits = f"limits: unknown; {bf16}, no FP8 units"
     stack = ", ".join(f"{name} {version}" for name, version in versions().items())
     return f"machine: {what}\n         {limits}\n         {stack}"
 
@@ -235,10 +275,10 @@ class UtilizationSampler:
     def _sample(self) -> None:
         import pynvml
 
-        handles = visible_handles(pynvml)[: self._gpus]
-        while not self._stop.wait(self._interval_s):
-            try:
+        try:
+            handles = visible_handles(pynvml)[: self._gpus]
+            while not self._stop.wait(self._interval_s):
                 rates = [pynvml.nvmlDeviceGetUtilizationRates(handle).gpu for handle in handles]
-            except pynvml.NVMLError:  # a MIG slice, or a virtual GPU: no samples
-                return
-            self.samples.append(sum(rates) / len(rates))
+                self.samples.append(sum(rates) / len(rates))
+        except pynvml.NVMLError:  # a MIG slice, or a virtual GPU: no samples
+            return

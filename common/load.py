@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
-    """`count` prompts of `length` random token ids: nothing to reuse, so prefix caching cannot flatter."""
+    """[count][length] random token ids, 10 to vocab_size - 1: nothing to reuse, so prefix caching cannot flatter."""
     rng = random.Random(seed)
     return [[rng.randrange(10, vocab_size) for _ in range(length)] for _ in range(count)]
 
@@ -38,10 +38,12 @@ def send_wave(
     """Send all prompts at once; drive the engine step by step until each has `tokens_out` tokens.
 
     Args:
+        prompts: token ids, [N][any length].
         on_step: called after each step with its outputs: the i-th prompt is request "i", with its new tokens.
 
     Returns:
-        When each request was sent and when each of its tokens arrived: seconds, [N] and [N][tokens_out].
+        When each request was sent and when each of its tokens arrived: seconds of `time.perf_counter`, [N] and
+        [N][tokens_out].
     """
     sampling = exactly(tokens_out, temperature)
     engine = llm.llm_engine
@@ -63,6 +65,15 @@ def summarise(sent: Sequence[float], arrived: Sequence[Sequence[float]], gpus: i
 
     TTFT: sent to first token. TPOT of a request: (last - first token) / (tokens - 1). ITL: the gap between two
     tokens. End to end: sent to last token. Definitions as in vLLM's benchmark client.
+
+    Args:
+        sent: seconds, [N].
+        arrived: seconds, [N][tokens of the request], from the same clock.
+        gpus: that the engine computes on.
+
+    Returns:
+        `concurrency` (N), `tokens_per_s` (all output tokens over first sent to last token), `tokens_per_s_gpu`, and
+        `ttft_p50_ms`, `ttft_p99_ms`, and the same for `tpot` and `e2e` (over the requests) and `itl` (over all gaps).
 
     Raises:
         ValueError: a request with fewer than two tokens has no TPOT.

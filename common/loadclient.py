@@ -140,14 +140,20 @@ def _offered(load: Load, sent: Sequence[float]) -> float | None:
 
 
 def _steady(result: Mapping) -> float:
-    """Tokens/s between the first and the third quarter of the tokens."""
-    times = sorted(
-        at
-        for start, ttft, gaps in zip(result["start_times"], result["ttfts"], result["itls"], strict=True)
-        for at in itertools.accumulate(gaps, initial=start + ttft)
-    )
+    """Tokens/s between the first and the third quarter of the tokens.
+
+    The result has the time of each event, which may hold several tokens: those of a request are spread evenly over its
+    events. A request that failed has no tokens.
+    """
+    times = []
+    columns = (result[key] for key in ("start_times", "ttfts", "itls", "output_lens"))
+    for start, ttft, gaps, tokens in zip(*columns, strict=True):
+        events = list(itertools.accumulate(gaps, initial=start + ttft))
+        times += [events[i * len(events) // tokens] for i in range(tokens)]
+    times.sort()
     first, last = len(times) // 4, 3 * len(times) // 4
-    return (last - first) / (times[last] - times[first]) if times[last] > times[first] else result["output_throughput"]
+    span = times[last] - times[first] if times else 0.0
+    return (last - first) / span if span > 0 else result["output_throughput"]
 
 
 async def _run(flags: Sequence[str]) -> tuple[Mapping, float]:

@@ -1,18 +1,20 @@
-"""Every Prometheus series that this repository exports, defined once. Labels are few and bounded.
+"""The Prometheus series of the server and of the gateway. Labels are few and bounded.
+
+(kv_cache_monitor.py exports those of its monitor; the stand-in, a few of vLLM's.)
 
 A server (`inference_serving.py --serve`, beside vLLM's own series; its stand-in, too):
 
-    inference_requests_total{outcome}      Counter    every request that asked for inference
-    inference_latency_seconds              Histogram  first byte of the request to last byte of the answer
+    inference_requests_total{outcome}      Counter    requests for inference, also refused ones; not those without a key
+    inference_latency_seconds              Histogram  arrival of the request's headers to the end of the answer
     inference_active_requests              Gauge      accepted and not yet answered
-    inference_throughput_tokens_per_sec    Gauge      output tokens/s over the last ten seconds
+    inference_throughput_tokens_per_sec    Gauge      output tokens/s over about ten seconds
     inference_draining                     Gauge      1: told to stop, and finishing what it has
 
 The gateway, with `server` out of those it was given:
 
-    gateway_requests_total{outcome}        Counter    every request of a client
-    gateway_retries_total                  Counter    requests that went on to another server
-    gateway_first_byte_seconds             Histogram  request to the first byte of its answer
+    gateway_requests_total{outcome}        Counter    every request but those for its own pages
+    gateway_retries_total                  Counter    attempts at another server, after the first of a request
+    gateway_first_byte_seconds             Histogram  arrival to the first byte of a server's answer, in each attempt
     gateway_in_flight{server}              Gauge      requests at a server
     gateway_server_ready{server}           Gauge      1: its checks say so
     gateway_breaker_open{server}           Gauge      1: it failed just now
@@ -28,18 +30,19 @@ from collections.abc import Callable, Mapping
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-# What became of a request. Latency is observed for the first three: those the engine worked on.
+# What became of a request. Latency is observed for the first three, where the request was accepted before.
 OUTCOMES = ("ok", "error", "cancelled", "invalid", "rejected")
-# 10 ms to 10 min, each about 1.5 times the one before: a P99 read from them is off by at most half.
+# 10 ms to 10 min, each 1.5 to 1.7 times the one before: within them a quantile is at most so many times too large or
+# too small, because it lies in the same bucket as the true one.
 LATENCY_BUCKETS = (
     0.01, 0.015, 0.025, 0.04, 0.06, 0.1, 0.15, 0.25, 0.4, 0.6, 1, 1.5, 2.5, 4, 6,
     10, 15, 25, 40, 60, 100, 150, 250, 400, 600,
 )  # fmt: skip
 GATEWAY_OUTCOMES = (
     "ok",  # a whole answer of a replica that is no server error
-    "error",  # a server error: the replica's own, or none could answer
+    "error",  # a server error: the replica's own, the gateway's own, or none could answer
     "truncated",  # broken off in the middle; the client was told
-    "rejected",  # by the gateway itself: key, size, path, draining
+    "rejected",  # by the gateway itself: key, path, a body that is too large or does not come, draining
     "cancelled",  # the client left
 )
 FIRST_BYTE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -142,10 +145,10 @@ class GatewayMetrics:
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
         self.requests = Counter("gateway_requests", "Requests by what became of them", ["outcome"], registry=registry)
-        self.retries = Counter("gateway_retries", "Requests that went on to another server", registry=registry)
+        self.retries = Counter("gateway_retries", "Attempts after the first of a request", registry=registry)
         self.first_byte = Histogram(
             "gateway_first_byte_seconds",
-            "Request to the first byte of its answer",
+            "Arrival of a request to the first byte of a server's answer",
             buckets=FIRST_BYTE_BUCKETS,
             registry=registry,
         )
@@ -168,14 +171,17 @@ class GatewayMetrics:
 
 
 class Rate:
-    """Events per second over a sliding window, from readings of a counter that only grows."""
+    """Events per second over the last `window_s` or a little more, from readings of a counter that only grows."""
 
     def __init__(self, window_s: float = 10.0) -> None:
         self._window_s = window_s
         self._readings: deque[tuple[float, float]] = deque()  # (time, counter value), oldest first
 
     def update(self, now_s: float, value: float) -> float:
-        """Add a reading and return the rate since the oldest one inside the window."""
+        """Add a reading; the rate since the last one before it that is at least a window old, else since the first.
+
+        0.0 for the first reading of all.
+        """
         self._readings.append((now_s, value))
         while len(self._readings) > 2 and self._readings[1][0] <= now_s - self._window_s:
             self._readings.popleft()

@@ -117,6 +117,11 @@ class Model:
     note: str = ""  # why this model, where that is not obvious
 
     @property
+    def absolute_path(self) -> str:
+        """`path`, for a process that starts in another folder; a hub id stays as it is."""
+        return str(Path(self.path).resolve()) if Path(self.path).is_dir() else self.path
+
+    @property
     def max_context(self) -> int:
         """Longest prompt plus answer, in tokens."""
         return int(self.config.get("max_position_embeddings", 4096))
@@ -127,8 +132,13 @@ class Model:
         return int(self.config["vocab_size"])
 
 
-def parameter_count(config: Mapping[str, object]) -> int | None:
-    """Parameters of a Llama-like decoder (grouped-query attention, gated MLP or experts); None for others."""
+def parameter_count(config: Mapping[str, object], active: bool = False) -> int | None:
+    """Parameters of a Llama-like decoder (grouped-query attention, gated MLP or experts); None for others.
+
+    Args:
+        config: the content of its config.json.
+        active: only those that one token uses: of the experts, as many as it is routed to.
+    """
     try:
         hidden, layers, vocab = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
         heads, mlp = config["num_attention_heads"], config["intermediate_size"]
@@ -137,7 +147,8 @@ def parameter_count(config: Mapping[str, object]) -> int | None:
     experts = config.get("num_local_experts") or config.get("num_experts") or 0
     if config.get("model_type") not in (("mixtral", "qwen3_moe", "olmoe") if experts else ("llama", "mistral")):
         return None
-    mlp = (config.get("moe_intermediate_size") or mlp) * experts if experts else mlp
+    used = (config.get("num_experts_per_tok") or experts) if active else experts
+    mlp = (config.get("moe_intermediate_size") or mlp) * used if experts else mlp
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // heads
     attention = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim
@@ -156,16 +167,27 @@ def kv_bytes_per_token(config: Mapping[str, object], bytes_per_value: int = 2) -
 def tensor_parallel_size(config: Mapping[str, object], gpus: int) -> int:
     """The largest number of GPUs, at most `gpus`, that tensor parallelism can spread this model over.
 
-    vLLM gives each rank the same number of attention heads and the same slice of the MLP.
+    See `why_not_sharded`.
+    """
+    return max(ranks for ranks in range(1, gpus + 1) if not why_not_sharded(config, ranks))
+
+
+def why_not_sharded(config: Mapping[str, object], ranks: int) -> str:
+    """Why tensor parallelism cannot spread this model over so many ranks; empty if it can.
+
+    vLLM gives each rank the same number of attention heads and the same slice of the MLP. KV heads are divided, or
+    copied where there are more ranks than heads. (An odd vocabulary is no obstacle: vLLM fills it up.)
     """
     heads = config.get("num_attention_heads", 1)
     kv_heads = config.get("num_key_value_heads") or heads
     mlp = config.get("intermediate_size", 0)
-    return max(
-        ranks
-        for ranks in range(1, gpus + 1)
-        if heads % ranks == 0 and mlp % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
-    )
+    if heads % ranks:
+        return f"{heads} attention heads do not divide over {ranks} ranks"
+    if kv_heads % ranks and ranks % kv_heads:
+        return f"{kv_heads} KV heads neither divide over {ranks} ranks nor can be copied evenly"
+    if mlp % ranks:
+        return f"an MLP {mlp} wide does not divide over {ranks} ranks"
+    return ""
 
 
 def resolve(name: str, machine: Machine) -> Model:
@@ -204,7 +226,9 @@ def dummy(name: str) -> Model:
     if name in SHAPES:
         folder = CACHE / "shapes" / name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(SHAPES[name], indent=1))
+        partial = folder / f".config.json.{os.getpid()}"  # processes that start at once never read half a file
+        partial.write_text(json.dumps(SHAPES[name], indent=1))
+        os.replace(partial, folder / "config.json")
         return Model(path=str(folder), name=name, config=SHAPES[name], dummy=True)
     folder = Path(name).expanduser()
     if not (folder / "config.json").is_file():
@@ -250,7 +274,7 @@ def bundled() -> Model:
 def _automatic(machine: Machine) -> Model:
     if machine.device == "cpu":
         return bundled()
-    bytes_per_weight = 1 if machine.native_fp8 else 2
+    bytes_per_weight = 1 if machine.native_fp8 else machine.itemsize
     fitting = []
     for hub_id, shape in AUTO_ON_GPU.items():
         ranks = tensor_parallel_size(shape, machine.count)

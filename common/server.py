@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import requests
@@ -68,7 +68,7 @@ class ServerProcess:
             )
         return self
 
-    def wait_ready(self, path: str = "/ready", while_waiting: Callable[[], object] = lambda: None) -> "ServerProcess":
+    def wait_ready(self, path: str = "/ready") -> "ServerProcess":
         """Return when GET `path` answers 200.
 
         Raises:
@@ -81,7 +81,6 @@ class ServerProcess:
             with contextlib.suppress(requests.RequestException):
                 if requests.get(self.url + path, timeout=5).status_code == 200:
                     return self
-            while_waiting()
             time.sleep(0.1)
         raise CannotRun(f"the server on port {self.port} was not ready after {START_TIMEOUT_S} s: {self.tail(1)}")
 

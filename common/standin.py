@@ -31,9 +31,10 @@ from common import cli
 from common.metrics import InferenceMetrics, Rate, TrackedRequest
 from common.server import listen
 
-ROOT = Path(__file__).resolve().parent.parent
 MODEL = "simulated"
 KV_TOKENS = 512  # that the cache holds for each slot
+MAX_TOKENS = 1 << 17  # of an answer
+PROMPTS = 1000  # that it remembers to have seen
 # A part of vLLM's buckets, in seconds.
 BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 
@@ -41,6 +42,56 @@ BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 2
 def standin_command(*flags: str) -> list[str]:
     """The command line of a stand-in, for `ServerProcess`."""
     return [sys.executable, str(Path(__file__).resolve()), *flags]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks for."""
+
+    content: dict
+    text: str
+    prompt_tokens: int
+    tokens: int  # of its answer
+
+    @property
+    def options(self) -> dict:
+        """Of its stream."""
+        return self.content.get("stream_options") or {}
+
+
+def read_body(body: bytes) -> Asked:
+    """A request from its body.
+
+    Raises:
+        ValueError: it is none; with what is wrong, in one line.
+    """
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the body is not JSON: {cli.first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError("the body is no JSON object")
+    messages, prompt = content.get("messages"), content.get("prompt")
+    if messages is None and prompt is None:
+        raise ValueError("there are neither messages nor a prompt")
+    if messages is not None and not is_list_of(messages, dict):
+        raise ValueError("messages must be a list of objects")
+    if messages is None and not (isinstance(prompt, str) or is_list_of(prompt, int)):
+        raise ValueError("prompt must be a text or a list of token ids")
+    limits = [content[key] for key in ("max_completion_tokens", "max_tokens") if content.get(key) is not None]
+    tokens = limits[0] if limits else 16
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= MAX_TOKENS:
+        raise ValueError(f"max_tokens must be a whole number from 1 to {MAX_TOKENS}")
+    if not isinstance(content.get("stream_options"), dict | None):
+        raise ValueError("stream_options must be an object")
+    text = str(prompt if messages is None else messages)
+    ids = messages is None and isinstance(prompt, list)
+    return Asked(content, text, max(1, len(prompt) if ids else len(text) // 4), tokens)
+
+
+def is_list_of(value: object, kind: type) -> bool:
+    """Is it a list with nothing but these?"""
+    return isinstance(value, list) and all(isinstance(part, kind) for part in value)
 
 
 @dataclass(eq=False)
@@ -88,7 +139,7 @@ class Engine:
         self._step_s, self._sequence_s, self._prefill_s, self._slots = step_s, sequence_s, prefill_s, slots
         self.generated = self.queried = self.hit = 0  # tokens: of answers, of prompts, of prompts seen before
         self.ttft, self.itl, self.tpot, self.e2e = Latencies(), Latencies(), Latencies(), Latencies()
-        self._seen: dict[object, None] = {}  # the last prompts, oldest first
+        self._seen: dict[int, None] = {}  # hashes of the last prompts, the one asked for longest ago first
         self.waiting: collections.deque[Running] = collections.deque()
         self.running: list[Running] = []
         self._work = asyncio.Event()
@@ -97,11 +148,13 @@ class Engine:
         """Let a request wait for a slot. A prompt it has seen lately counts as a hit of the prefix cache."""
         request.came = asyncio.get_running_loop().time()
         self.queried += request.prompt_tokens
-        if prompt in self._seen:
+        key = hash(prompt)  # prompts may be long
+        if key in self._seen:
             self.hit += request.prompt_tokens - 1  # the last one has to be computed
-        elif len(self._seen) == 1000:
+            del self._seen[key]
+        elif len(self._seen) == PROMPTS:
             del self._seen[next(iter(self._seen))]
-        self._seen[prompt] = None
+        self._seen[key] = None
         self.waiting.append(request)
         self._work.set()
 
@@ -232,21 +285,16 @@ class StandIn:
         if self._draining:
             return web.json_response({"error": {"message": "the server is draining", "code": 503}}, status=503)
         try:
-            content = await request.json()
-            text = content.get("messages") or content.get("prompt") or ""
-            size = len(text) if text and isinstance(text[0], int) else len(str(text)) // 4
-            tokens = int(content.get("max_completion_tokens", content.get("max_tokens", 16)))
-            if tokens < 1:
-                raise ValueError(f"max_tokens is {tokens}")
-        except (ValueError, AttributeError, TypeError) as error:
-            return web.json_response({"error": {"message": cli.first_line(error), "code": 400}}, status=400)
-        running = Running(request.headers.get("x-request-id", ""), max(1, size), tokens)
+            asked = read_body(await request.read())
+        except ValueError as error:
+            return web.json_response({"error": {"message": str(error), "code": 400}}, status=400)
+        running = Running(request.headers.get("x-request-id", ""), asked.prompt_tokens, asked.tokens)
         self._in_flight += 1
         counted.accept()
         self._note(running, "started")
-        self._engine.add(running, str(text))
+        self._engine.add(running, asked.text)
         try:
-            answer = await (self._stream if content.get("stream") else self._whole)(request, running, content, tokens)
+            answer = await (self._stream if asked.content.get("stream") else self._whole)(request, running, asked)
             self._note(running, "finished")
             return answer
         finally:
@@ -272,23 +320,24 @@ class StandIn:
             content |= {"usage": usage} if usage else {}
         return f"data: {json.dumps(content)}\n\n".encode()
 
-    async def _stream(self, request: web.Request, running: Running, content: dict, tokens: int) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, running: Running, asked: Asked) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream", "x-simulated": "1"})
         await response.prepare(request)  # at once, before there is a token, as vLLM does
-        options = content.get("stream_options") or {}
-        every, left = self._count_always or options.get("continuous_usage_stats"), tokens
+        tokens = left = asked.tokens
+        every = self._count_always or asked.options.get("continuous_usage_stats")
         while left:
             left = await running.tokens.get()
             counted = every or (not left and request.path == "/generate")
             usage = running.usage(tokens - left) if counted else None
             await response.write(self._event(request.path, tokens - left, not left, usage))
-        if options.get("include_usage"):
+        if asked.options.get("include_usage"):
             end = {"model": MODEL, "choices": [], "usage": running.usage(tokens)}
             await response.write(f"data: {json.dumps(end)}\n\n".encode())
         await response.write(b"data: [DONE]\n\n")
         return response
 
-    async def _whole(self, request: web.Request, running: Running, content: dict, tokens: int) -> web.Response:
+    async def _whole(self, request: web.Request, running: Running, asked: Asked) -> web.Response:
+        tokens = asked.tokens
         while await running.tokens.get():
             pass
         text = "".join(f" {number}" for number in range(1, tokens + 1))

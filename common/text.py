@@ -10,11 +10,12 @@ from common.cli import CannotRun, first_line
 from common.models import Model
 
 
-def load_model(model: Model, device: str) -> tuple[nn.Module, object]:
-    """The model in BF16 on a device, ready to score, and its tokenizer (None with random weights).
+def load_model(model: Model, device: str, dtype: str = "bfloat16") -> tuple[nn.Module, object]:
+    """The model on a device, ready to score, and its tokenizer (None with random weights).
 
     Args:
         device: where it goes; "meta" for its structure alone, without weights.
+        dtype: of its weights, as torch calls it; see `Machine.dtype`.
 
     Raises:
         CannotRun: transformers cannot load it.
@@ -28,10 +29,10 @@ def load_model(model: Model, device: str) -> tuple[nn.Module, object]:
         if model.dummy or device == "meta":
             config = AutoConfig.from_pretrained(model.path)
             with torch.device(device):  # made where it is used: billions of random numbers take a CPU minutes
-                network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+                network = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
             return network.eval().requires_grad_(False), None
         tokenizer = AutoTokenizer.from_pretrained(model.path)
-        network = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.bfloat16)
+        network = AutoModelForCausalLM.from_pretrained(model.path, dtype=getattr(torch, dtype))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers and safetensors have a dozen; each says in its first line what is wrong

@@ -47,11 +47,6 @@ class Timing:
         """Median, in seconds."""
         return percentile(self.seconds, 50)
 
-    @property
-    def spread(self) -> float:
-        """As `relative_spread`."""
-        return relative_spread(self.seconds)
-
 
 def measure(work: Callable[[], object], device: str = "cpu", warmup: int = 3, repeats: int = 10) -> Timing:
     """Time `work()` on a device.

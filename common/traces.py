@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import pairwise
@@ -19,12 +19,15 @@ BLOCK_TOKENS = 512  # of a hash id in Mooncake's traces
 
 @dataclass(frozen=True)
 class Arrival:
-    """One request of a trace. `blocks`: what its prompt consists of; requests that begin alike share the first ones."""
+    """One request of a trace. `blocks`: what its prompt consists of; requests that begin alike share the first ones.
+
+    A block's id is a number as read, a pair of it and the round after `at_rate`.
+    """
 
     at_s: float
     tokens_in: int
     tokens_out: int
-    blocks: tuple[int, ...] = ()
+    blocks: tuple[Hashable, ...] = ()
 
 
 def read_trace(path: str | Path, in_order: bool = False) -> list[Arrival]:

@@ -96,6 +96,14 @@ def test_every_script_is_in_the_table():
     assert sorted(table) == sorted(CHAPTER)
 
 
+def test_every_script_shows_its_picture():
+    for line in re.findall(r"^\| \[\w+\.py\]\(ch16/\w+\.py\) \|.*$", (ROOT / "README.md").read_text(), re.MULTILINE):
+        (script,) = re.findall(r"\(ch16/(\w+)\.py\)", line)
+        (shown,), (linked,) = re.findall(r'src="([^"]+)"', line), re.findall(r"\]\((results/\S+)\)", line)
+        assert shown == linked and Path(shown).stem == script, line
+        assert (ROOT / shown).read_bytes().startswith(b"\x89PNG"), shown
+
+
 def test_every_script_is_in_the_report():
     scripts = {file.stem for file in (ROOT / "ch16").glob("*.py")} - {"report"}
     assert scripts == set(CHAPTER)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
+from ch16.balancing.wire import WholeEvents
+
 COUNT = re.compile(rb'"completion_tokens": ?(\d+)')
 
 
@@ -64,7 +66,7 @@ async def ask(
     body = {**body, "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
     answer = Answer(name, time.perf_counter(), wanted=body["max_tokens"])
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=patience_s, sock_read=patience_s)
-    end = b""
+    events = WholeEvents()
     try:
         async with session.post(
             f"{url}/v1/completions", json=body, headers={"x-request-id": name}, timeout=timeout
@@ -73,15 +75,14 @@ async def ask(
             answer.server = response.headers.get("x-served-by", "")
             answer.retries = int(response.headers.get("x-retries", 0))
             async for chunk in response.content.iter_any():
-                for count in map(int, COUNT.findall(chunk)):
+                for count in map(int, COUNT.findall(events.feed(chunk))):
                     if count != answer.tokens:  # the last event of a stream repeats the count
                         answer.times.append(time.perf_counter())
                         answer.counts.append(count)
-                end = (end + chunk)[-4096:]
     except (aiohttp.ClientError, OSError, TimeoutError):
         pass
-    answer.complete = answer.status == 200 and b"data: [DONE]" in end
-    answer.told = b"event: error" in end
+    answer.complete = answer.status == 200 and events.finished
+    answer.told = events.failed
     answer.ended = time.perf_counter()
     return answer
 

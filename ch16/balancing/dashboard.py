@@ -99,7 +99,9 @@ def quantile(q: float, buckets: Iterable[tuple[float, float]]) -> float | None:
         if count >= rank:
             break
         lower, below = bound, count
-    return lower if bound == float("inf") else lower + (bound - lower) * (rank - below) / (count - below)
+    if bound == float("inf"):
+        return lower
+    return min(bound, lower + (bound - lower) * (rank - below) / (count - below))  # rounding must not leave the bucket
 
 
 def figures(pairs: Sequence[tuple[Reading | None, Reading]], seconds: float) -> dict[str, float | None]:

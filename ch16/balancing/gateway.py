@@ -391,10 +391,11 @@ class Gateway:
             attempt.begun = bool(chunk)
             self._waiting[server].discard(patience)
             patience.reschedule(loop.time() + self._limits.idle_s)
-            self._metrics.first_byte.observe(time.perf_counter() - call.came)
             headers = CIMultiDict(end_to_end(upstream.headers, ("content-length", "x-request-id", "date", "server")))
             headers.update({"x-request-id": call.name, "x-served-by": server, "x-retries": str(call.retries)})
             status = upstream.status
+            if chunk and status not in TRY_ANOTHER:  # else this is no answer yet: another server may give one
+                self._metrics.first_byte.observe(time.perf_counter() - call.came)
             if status in TRY_ANOTHER or (upstream.content_length or MAX_WHOLE_BYTES + 1) <= MAX_WHOLE_BYTES:
                 body = chunk + await upstream.content.read()
                 attempt.ok = status < 500
@@ -409,11 +410,7 @@ class Gateway:
             set_at = loop.time()
             while chunk:
                 if data := events.feed(chunk) if events else chunk:
-                    attempt.writing, attempt.response = True, response
-                    if not response.prepared:
-                        await response.prepare(request)
-                    await response.write(data)
-                    attempt.writing = False
+                    await self._write(request, attempt, response, data)
                 if (now := loop.time()) > set_at + self._limits.idle_s / 10:  # for each token it would cost too much
                     set_at = now
                     patience.reschedule(now + self._limits.idle_s)
@@ -422,9 +419,18 @@ class Gateway:
                 raise aiohttp.ClientPayloadError("the stream ended without [DONE]")
             attempt.response = response
             if events and events.rest:
-                await response.write(events.rest)
+                await self._write(request, attempt, response, events.rest)
             attempt.ok = status < 500 and not (events and events.failed)
             call.outcome = "ok" if attempt.ok else "error"
+
+    @staticmethod
+    async def _write(request: web.BaseRequest, attempt: Attempt, response: web.StreamResponse, data: bytes) -> None:
+        """Send a part of an answer to the client, before the first one its headers."""
+        attempt.writing, attempt.response = True, response
+        if not response.prepared:
+            await response.prepare(request)
+        await response.write(data)
+        attempt.writing = False
 
     async def _break_off(self, request: web.BaseRequest, call: Call, response: web.StreamResponse, reason: str) -> None:
         """Tell a client in the middle of an answer that there is no more of it."""

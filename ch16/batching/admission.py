@@ -99,11 +99,12 @@ def bound_by_time(lengths: Sequence[int], slots: int, step_s: Mapping[int, float
 
 def step_seconds(course: Course) -> dict[int, float]:
     """Median seconds of the steps that read no prompt, by requests in them."""
-    added = sorted(course.sent.values())
+    added, ends = sorted(course.sent.values()), [end for end, _ in course.steps]
     found: dict[int, list[float]] = {}
-    for (before, _), (end, count) in pairwise(course.steps):
-        if bisect_left(added, before) == bisect_left(added, end):
-            found.setdefault(count, []).append(end - before)
+    for i in range(1 + course.ahead, len(ends)):
+        scheduled = ends[i - 1 - course.ahead : i - course.ahead + 1]  # its requests were added up to between these
+        if len({bisect_left(added, at) for at in scheduled}) == 1:
+            found.setdefault(course.steps[i][1], []).append(ends[i] - ends[i - 1])
     return {count: percentile(seconds, 50) for count, seconds in sorted(found.items())}
 
 

@@ -30,13 +30,15 @@ def random_requests(tokens_in: int, lengths: Sequence[int], vocab_size: int, see
 class Course:
     """What has happened so far: when requests were added, when each of their tokens came, how many run now.
 
-    `steps`: when each step that gave tokens ended, and how many requests got one.
+    `steps`: when each step that gave tokens ended, and how many requests got one. `ahead`: steps that the engine has
+    under way already when a request is added (asynchronous scheduling): it is in those after them.
     """
 
     sent: dict[str, float] = field(default_factory=dict)
     arrived: dict[str, list[float]] = field(default_factory=dict)
     steps: list[tuple[float, int]] = field(default_factory=list)
     running: int = 0
+    ahead: int = 0
 
 
 def drive(llm: "LLM", due: Callable[[Course], Sequence[Request]]) -> Course:
@@ -45,7 +47,8 @@ def drive(llm: "LLM", due: Callable[[Course], Sequence[Request]]) -> Course:
     Args:
         due: asked before each step: the requests to add now.
     """
-    engine, course = llm.llm_engine, Course()
+    engine = llm.llm_engine
+    course = Course(ahead=int(bool(engine.vllm_config.scheduler_config.async_scheduling)))
     while True:
         for request in due(course):
             course.sent[request.name], course.arrived[request.name] = time.perf_counter(), []

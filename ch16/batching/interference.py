@@ -138,7 +138,7 @@ def run(
     both = list(zip(sent, firsts, strict=True))
     return Run(
         gaps_s=[[later - earlier for earlier, later in pairwise(tokens)] for tokens in answers],
-        steps=[sum(at < end <= first for end, _ in course.steps) for at, first in both],
+        steps=[sum(at < end <= first for end, _ in course.steps) - course.ahead for at, first in both],
         ttft_s=[first - at for at, first in both],
         seconds=max([tokens[-1] for tokens in answers] + firsts) - start,
         tokens=sum(len(tokens) - 1 for tokens in answers) + sum(len(request.prompt) + 1 for request in long),

@@ -7,6 +7,8 @@ from ch16.batching.interference import NONE, Run, Way
 from ch16.batching.sizes import knee_of
 from common.plots import draw, save_plot
 
+BATCHES_SHOWN = 8
+
 
 def plot(
     path: str,
@@ -26,10 +28,13 @@ def plot(
     from matplotlib.ticker import LogLocator, NullLocator
 
     figure, (slots, *sizes, gaps) = draw(4)
+    shown_s = 0.0  # of all batches the first few: more are not to be told apart
     for name, course in courses.items():
         start = min(course.sent.values())
+        batches = len(course.sent) / max(n for _, n in course.steps)
+        shown_s = max(shown_s, (course.steps[-1][0] - start) * min(1, BATCHES_SHOWN / batches))
         slots.step([t - start for t, _ in course.steps], [n for _, n in course.steps], where="pre", lw=0.8, label=name)
-    slots.set(title="requests running", xlabel="seconds", ylim=(0, None))
+    slots.set(title="requests running", xlabel="seconds", ylim=(0, None), xlim=(0, shown_s))
     slots.legend(loc="lower right")
 
     for axis, (phase, rows) in zip(sizes, sweeps.items(), strict=True):

@@ -13,7 +13,9 @@ from pathlib import Path
 from ch16.batching.drive import Request, all_at_once, drive
 from common.cli import CannotRun
 from common.engine import start_engine
-from common.gpu import Machine
+from common.gpu import Machine, device_names
+
+GONE = "the prefill engine's process ended (VLLM_LOGGING_LEVEL=INFO shows its log)"
 
 
 def cannot_separate(machine: Machine) -> str:
@@ -47,18 +49,29 @@ class PrefillEngine:
         self._receive()
 
     def send(self, prompt: Sequence[int]) -> None:
-        """Let a prompt wait in line."""
-        self._pipe.send(prompt)
+        """Let a prompt wait in line.
+
+        Raises:
+            CannotRun: its process is gone.
+        """
+        try:
+            self._pipe.send(prompt)
+        except OSError:
+            raise CannotRun(GONE) from None
 
     def finished(self) -> float:
-        """When the next prompt in line was done, by `time.perf_counter`, which the processes of a machine share."""
+        """When the next prompt in line was done, by `time.perf_counter`, which the processes of a machine share.
+
+        Raises:
+            CannotRun: its process is gone.
+        """
         return self._receive()
 
     def _receive(self) -> float:
         try:
             answer = self._pipe.recv()
-        except EOFError:
-            raise CannotRun("the prefill engine's process ended (VLLM_LOGGING_LEVEL=INFO shows its log)") from None
+        except (EOFError, OSError):
+            raise CannotRun(GONE) from None
         if isinstance(answer, str):
             raise CannotRun(f"the prefill engine: {answer}")
         return answer
@@ -75,8 +88,7 @@ class PrefillEngine:
 def _work(pipe: Connection, settings: dict[str, object], machine: Machine) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C ends the script, which then ends this process
     if machine.device == "cuda":
-        listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = listed.split(",")[1] if listed else "1"
+        os.environ["CUDA_VISIBLE_DEVICES"] = device_names(machine)[1]
     else:
         cores = half_of_cores(1)
         os.sched_setaffinity(0, cores)  # before torch counts them

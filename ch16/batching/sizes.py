@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ch16.batching.drive import all_at_once, drive, random_requests
 from common.gpu import Peak
-from common.models import kv_bytes_per_token, parameter_count
+from common.models import parameter_count
 from common.results import Column, Verdict, judge, not_applicable
 from common.timing import percentile
 
@@ -141,7 +141,7 @@ def _span(first: float, last: float) -> str:
 
 
 def crossover(
-    peak: Peak, config: Mapping[str, object], fp8: bool, tokens: int, context: int
+    peak: Peak, config: Mapping[str, object], fp8: bool, kv_bytes: int, tokens: int, context: int
 ) -> tuple[float | None, str]:
     """The batch from which a step is limited by computing instead of memory, and how it is known; None if it is not.
 
@@ -150,7 +150,8 @@ def crossover(
     Attention's own FLOPs are left out, as a few percent in short contexts.
 
     Args:
-        fp8: weights, cache and products in FP8 instead of BF16.
+        fp8: weights and products in FP8 instead of BF16.
+        kv_bytes: of a token in the KV cache.
         tokens: new ones of each sequence in a step: 1 in decode, the prompt in prefill.
         context: tokens of each sequence whose keys and values are read or written.
     """
@@ -165,7 +166,7 @@ def crossover(
     looked_up = 0 if config.get("tie_word_embeddings") else config["vocab_size"] * config["hidden_size"]
     weights = parameters - looked_up  # an embedding that is not the head, too, is looked up, not multiplied
     flops_each = 2 * weights * tokens
-    bytes_each = context * kv_bytes_per_token(config, itemsize)
+    bytes_each = context * kv_bytes
     if flops_each <= ridge * bytes_each:
         return math.inf, "never: the KV cache alone keeps the memory busy"
     return ridge * weights * itemsize / (flops_each - ridge * bytes_each), f"data sheet: {ridge:.0f} FLOPs a byte"

@@ -102,10 +102,15 @@ class Linear(nn.Module):
         self.register_buffer("weight_inverse", quantized.inverse, persistent=False)
         self._weight = {"block": quantized.block, "power_of_two": quantized.power_of_two}
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        if self.recipe is not None and prefix + "weight" in state_dict:
-            self._keep(state_dict.pop(prefix + "weight").to(self.weight.device))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, metadata: dict, strict: bool, missing: list[str], *args: list[str]
+    ) -> None:
+        name = prefix + "weight"
+        if self.recipe is not None and name in state_dict:
+            self._keep(state_dict.pop(name).to(self.weight.device))
+        elif self.recipe is not None:  # torch does not miss it: a layer's FP8 values are not in its state dict
+            missing.append(name)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features]."""

@@ -22,6 +22,7 @@ from ch16.fp8 import layers
 from common.cli import CannotRun, first_line
 
 TOKENS_MULTIPLE = 16  # what FP8 GEMMs ask of every dimension
+CALIBRATED = ("_extra_state", "input_amax")  # what calibration leaves in a state dict: Transformer Engine's, and ours
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,19 @@ def calibrate(model: nn.Module, precision: Precision, batches: Iterable[torch.Te
 
 
 def load_quantized(target: nn.Module, source: nn.Module, precision: Precision) -> None:
-    """Fill `target`, created in `precision.weights()`, from the BF16 weights and calibrated scales of `source`."""
+    """Fill `target`, created in `precision.weights()`, from the BF16 weights and calibrated scales of `source`.
+
+    Raises:
+        CannotRun: the two have not the same weights. Scales may be missing: not every recipe is calibrated.
+    """
     state = source.state_dict()
     if precision.calibrate is None:  # the scales of another recipe mean nothing to this one
-        state = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+        state = {name: value for name, value in state.items() if not name.endswith(CALIBRATED)}
     with torch.no_grad():
-        target.load_state_dict(state, strict=False)
+        missing, unexpected = target.load_state_dict(state, strict=False)
+    for names, what in ((missing, "no value"), (unexpected, "no place")):
+        if odd := [name for name in names if not name.endswith(CALIBRATED)]:
+            raise CannotRun(f"FP8 ({precision.name}): {what} for {', '.join(odd)}")
 
 
 def held_bytes(model: nn.Module) -> int:

@@ -5,9 +5,10 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 
-from ch16.fp8.precision import Precision, calibrate, held_bytes, load_quantized
+from ch16.fp8.precision import Precision, bf16, calibrate, held_bytes, load_quantized
 from ch16.fp8.sizes import Sizes
 from common.cli import CannotRun
+from common.device import synchronise
 from common.gpu import Machine
 from common.results import Column
 from common.timing import graphed, measure, measure_together
@@ -38,19 +39,13 @@ STACK_COLUMNS = (
 
 @torch.no_grad()
 def measure_stack(
-    build: Callable[[Precision], nn.Module],
-    base: Precision,
-    precision: Precision,
-    machine: Machine,
-    sizes: Sizes,
-    seed: int,
+    build: Callable[[Precision], nn.Module], precision: Precision, machine: Machine, sizes: Sizes, seed: int
 ) -> tuple[dict, list[dict]]:
     """Blocks in BF16 and with the same weights in FP8: the memory row, and where FP8 has units the rows of speed.
 
     Args:
         build: makes the stack in a precision: a module called with (x [B, S, H], caches, position).
-        base: BF16.
-        precision: an FP8 recipe.
+        precision: an FP8 recipe; the twin in BF16 is made of the same library's modules.
         machine: where it runs.
         sizes: of the stack and of its inputs.
         seed: for weights and inputs.
@@ -61,7 +56,7 @@ def measure_stack(
     device = machine.device
     torch.manual_seed(seed)
     x = torch.randn(sizes.prefill // sizes.sequence, sizes.sequence, sizes.hidden, dtype=torch.bfloat16, device=device)
-    twin, twin_bytes = _allocating(lambda: build(base), device)
+    twin, twin_bytes = _allocating(lambda: build(bf16(precision.library)), device)
     for weight in twin.parameters():
         if weight.dim() == 2:  # keeps variances at one: with sharper attention than a trained model's, errors grow
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
@@ -115,7 +110,7 @@ def _allocating(build: Callable[[], nn.Module], device: str) -> tuple[nn.Module,
         return model, held_bytes(model)
     before = torch.cuda.memory_allocated()
     model = build()
-    torch.cuda.synchronize()
+    synchronise(torch.device(device))
     return model, torch.cuda.memory_allocated() - before
 
 

@@ -22,7 +22,6 @@ class Stored:
     """Blocks whose content became findable in the prefix cache: their hashes, one block each."""
 
     hashes: tuple[int | bytes, ...]
-    block_size: int  # tokens of a block
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def _event(raw: dict) -> Event | None:
     if raw.get("medium") not in (None, "GPU"):
         return None
     if raw["type"] == "BlockStored":
-        return Stored(tuple(raw["block_hashes"]), raw["block_size"])
+        return Stored(tuple(raw["block_hashes"]))
     if raw["type"] == "BlockRemoved":
         return Removed(tuple(raw["block_hashes"]))
     return Cleared() if raw["type"] == "AllBlocksCleared" else None

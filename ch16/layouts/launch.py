@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,19 +43,11 @@ class Service:
     seed: int = 0
 
 
-def device_names(machine: Machine) -> list[str]:
-    """This machine's GPUs by the names that CUDA_VISIBLE_DEVICES has for them."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = listed.split(",") if listed else map(str, range(machine.count))
-    return [name.strip() for name in names if name.strip()][: machine.count]
-
-
 def replica_commands(layout: Layout, service: Service) -> list[Command]:
     """The replicas, on disjoint devices. Each takes its share of the requests, and decodes all of them together."""
     model, share = service.model, math.ceil(service.at_once / layout.replicas)
-    path = str(Path(model.path).resolve()) if Path(model.path).is_dir() else model.path
     words = [str(SERVING), "--serve", "--device", service.machine.device, "--seed", str(service.seed)]
-    words += ["--dummy-weights" if model.dummy else "--model", path]
+    words += ["--dummy-weights" if model.dummy else "--model", model.absolute_path]
     words += ["--tensor-parallel", str(layout.ranks), "--quantization", service.quantization]
     words += ["--max-num-seqs", str(share), "--max-queue", str(service.at_once)]
     # The client's random prompts count upwards from random tokens: that two have a beginning in common is chance.

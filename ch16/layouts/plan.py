@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from common.engine import GPU_MEMORY_UTILIZATION
 from common.gpu import Machine
-from common.models import kv_bytes_per_token, parameter_count, tensor_parallel_size
+from common.models import kv_bytes_per_token, parameter_count, why_not_sharded
 
 # Activations, CUDA graphs, NCCL's buffers. An estimate: about what was neither weights nor KV cache when vLLM ran the
 # 33B shape on one H100 (results/h100/inference_serving.json: there was room for 303 sequences of 1,024 tokens).
@@ -54,11 +54,11 @@ def parse_layout(text: str) -> Layout:
 
 
 def possible_layouts(config: Mapping[str, object], devices: int) -> list[Layout]:
-    """All that use every device and divide the model's heads, from most replicas to fewest."""
+    """All that use every device and over which the model can be sharded, from most replicas to fewest."""
     return [
         Layout(devices // ranks, ranks)
         for ranks in range(1, devices + 1)
-        if devices % ranks == 0 and tensor_parallel_size(config, ranks) == ranks
+        if devices % ranks == 0 and not why_not_sharded(config, ranks)
     ]
 
 
@@ -74,7 +74,7 @@ class Room:
 def room_for(config: Mapping[str, object], layout: Layout, machine: Machine, fp8: bool) -> Room | None:
     """The memory of a layout; None for a model whose number of parameters does not follow from its config here.
 
-    weights = (1 or 2 bytes a parameter, 2 in embedding and head, which vLLM does not quantize) / ranks
+    weights = (bytes a parameter; embedding and head are not quantized by vLLM) / ranks
     cache = 0.9 of the device - working memory - weights, of which a token takes KV bytes / min(ranks, KV heads):
     ranks beyond the number of KV heads hold copies.
 
@@ -82,11 +82,11 @@ def room_for(config: Mapping[str, object], layout: Layout, machine: Machine, fp8
         config: the content of the model's config.json.
         fp8: weights and KV cache of one byte a value.
     """
-    parameters, size = parameter_count(config), 1 if fp8 else 2
+    parameters, size = parameter_count(config), 1 if fp8 else machine.itemsize
     if parameters is None or "quantization_config" in config:
         return None
     embeddings = config["vocab_size"] * config["hidden_size"] * (1 if config.get("tie_word_embeddings") else 2)
-    weights = ((parameters - embeddings) * size + 2 * embeddings) / layout.ranks
+    weights = ((parameters - embeddings) * size + machine.itemsize * embeddings) / layout.ranks
     shares = min(layout.ranks, config.get("num_key_value_heads") or config["num_attention_heads"])
     if machine.device == "cpu":
         cache = CPU_CACHE_BYTES
@@ -104,8 +104,8 @@ def problem(config: Mapping[str, object], layout: Layout, machine: Machine, fp8:
     """
     if layout.devices > machine.count:
         return f"it needs {layout.devices} devices, there are {machine.count}"
-    if tensor_parallel_size(config, layout.ranks) != layout.ranks:
-        return f"{config.get('num_attention_heads')} attention heads do not divide over {layout.ranks} ranks"
+    if why := why_not_sharded(config, layout.ranks):
+        return why
     room = room_for(config, layout, machine, fp8)
     if room is None:
         return ""

@@ -15,6 +15,7 @@ from ch16.moe.presets import Preset
 from ch16.moe.routing import make_routing
 from common import models
 from common.cli import CannotRun, first_line
+from common.device import torch_dtype
 from common.engine import engine_args, start_engine, stop_engine
 from common.gpu import Machine
 from common.load import random_prompts, send_wave, summarise
@@ -41,10 +42,10 @@ VALIDATION_COLUMNS = (
 )
 
 
-def planning_bytes(preset: Preset, workload: Workload) -> float:
+def planning_bytes(preset: Preset, workload: Workload, itemsize: int) -> float:
     """Bytes that one device needs beside a layer's weights: its KV cache, the embedding, and logits in float32."""
-    cache = workload.sequences * workload.context * preset.kv_bytes_per_token / preset.layers
-    return cache + preset.vocab * (2 * preset.hidden + 4 * 3 * workload.sequences)
+    cache = workload.sequences * workload.context * itemsize * preset.kv_values_per_token / preset.layers
+    return cache + preset.vocab * (itemsize * preset.hidden + 4 * 3 * workload.sequences)
 
 
 class Capacity:
@@ -53,13 +54,14 @@ class Capacity:
     Other ranks are emulated: this device does what the busiest of N ranks would do. Exchange is computed from `link`.
     """
 
-    def __init__(self, preset: Preset, device: str, link: Link, repeats: int, seed: int) -> None:
-        self.preset, self.device, self.link, self.repeats, self.seed = preset, device, link, repeats, seed
-        self.experts = Experts.random(preset.sizes, device)
+    def __init__(self, preset: Preset, machine: Machine, link: Link, repeats: int, seed: int) -> None:
+        self.preset, self.link, self.repeats, self.seed = preset, link, repeats, seed
+        self.device, self.dtype = machine.device, torch_dtype(machine)
+        self.experts = Experts.random(preset.sizes, self.device, self.dtype)
         path, _ = vllm_path(self.experts)
         self.path: Dispatch = path or grouped  # the engine is predicted best by its own kernel
         self.path_name = "vLLM's fused experts" if path else "the grouped path"
-        self.embedding = torch.randn(preset.vocab, preset.hidden, device=device, dtype=torch.bfloat16) * 0.02
+        self.embedding = self._random(preset.vocab, preset.hidden) * 0.02
 
     def parts(self, workload: Workload, ranks: int, phase: str) -> Parts:
         """Seconds of a "prefill" or "decode" step's parts on the busiest of `ranks` ranks."""
@@ -103,11 +105,11 @@ class Capacity:
         return work
 
     def _random(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=self.device, dtype=torch.bfloat16)
+        return torch.randn(*shape, device=self.device, dtype=self.dtype)
 
     def plan_row(self, workload: Workload, machine: Machine, ranks: int) -> dict:
         """One row of PLAN_COLUMNS."""
-        memory = memory_per_rank(self.preset, workload, ranks)
+        memory = memory_per_rank(self.preset, workload, ranks, machine.itemsize)
         prefill, decode = (self.parts(workload, ranks, phase) for phase in ("prefill", "decode"))
         enough = fits(memory, machine.memory_bytes)
         predicted = predict(self.preset, workload, prefill, decode, ranks)

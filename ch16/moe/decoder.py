@@ -16,7 +16,7 @@ from common.timing import graphed, measure
 
 
 class DecoderLayer:
-    """Attention and router of one layer, in bfloat16; experts are given, they are most of it.
+    """Attention and router of one layer, in the type of the experts; these are given, they are most of it.
 
     Args:
         preset: a whole model's sizes.

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from ch16.moe.experts import Dispatch, Experts, Routing, arrange, combine, grouped, sort_rows
 from ch16.moe.routing import expert_load, rank_load, require_divisible
+from common.device import synchronise
 from common.distributed import Ranks
 
 
@@ -146,13 +147,8 @@ def measure_parallel(
 def _together(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call, all ranks starting at once; the device has finished when the clock stops."""
     dist.barrier()
-    _synchronize(device)
+    synchronise(device)
     start = time.perf_counter()
     work()
-    _synchronize(device)
+    synchronise(device)
     return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

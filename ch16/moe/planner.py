@@ -110,11 +110,15 @@ def predict(preset: Preset, workload: Workload, prefill: Parts, decode: Parts, r
     }
 
 
-def memory_per_rank(preset: Preset, workload: Workload, ranks: int) -> dict[str, float]:
-    """Bytes of weights (experts shared out, the rest on every rank) and of the KV cache at the workload's end."""
-    weights = BYTES * (preset.expert_parameters / ranks + preset.other_parameters)
+def memory_per_rank(preset: Preset, workload: Workload, ranks: int, itemsize: int = BYTES) -> dict[str, float]:
+    """Bytes of weights (experts shared out, the rest on every rank) and of the KV cache at the workload's end.
+
+    Args:
+        itemsize: bytes of a weight or a key.
+    """
+    weights = itemsize * (preset.expert_parameters / ranks + preset.other_parameters)
     tokens = workload.rank_sequences(ranks) * (workload.tokens_in + workload.tokens_out)
-    return {"weights": weights, "kv_cache": tokens * preset.kv_bytes_per_token}
+    return {"weights": weights, "kv_cache": tokens * itemsize * preset.kv_values_per_token}
 
 
 def fits(memory: dict[str, float], available: float) -> bool:
@@ -125,3 +129,9 @@ def fits(memory: dict[str, float], available: float) -> bool:
 def gpus_needed(rows: Sequence[dict], target: float) -> int | None:
     """The smallest number of GPUs that fits and reaches `target` tokens/s; None if none in the plan does."""
     return min((r["gpus"] for r in rows if r["fits"] == "yes" and (r["tokens_per_s"] or 0) >= target), default=None)
+
+
+def gpus_text(needed: int | None, most: int) -> str:
+    """The same in words, for a plan that ends with `most` GPUs: "1 GPU", "4 GPUs", "more than 8 GPUs"."""
+    count = needed or most
+    return f"{'' if needed else 'more than '}{count} GPU{'' if count == 1 else 's'}"

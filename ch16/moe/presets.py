@@ -47,9 +47,9 @@ class Preset:
         return self.expert_parameters + self.other_parameters
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        """Keys and values of all layers in bfloat16."""
-        return 2 * 2 * self.layers * self.kv_heads * self.head_dim
+    def kv_values_per_token(self) -> int:
+        """Numbers in the keys and values of all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
 
 
 def from_config(name: str, config: Mapping[str, object]) -> Preset:
@@ -99,12 +99,13 @@ def require_memory(
 
     Args:
         tokens: the layer's input.
-        copies: of the weights in bfloat16: an FP8 copy counts half.
+        copies: of the weights: an FP8 copy counts half.
         contenders: works that keep their rows at the same time; a CUDA graph never gives its memory back.
         more: bytes of everything else.
     """
-    weights = copies * 2 * preset.experts * preset.sizes.parameters
-    rows = 2 * tokens * preset.top_k * (2 * preset.hidden + preset.sizes.rows_in + preset.intermediate) * contenders
+    weights = copies * machine.itemsize * preset.experts * preset.sizes.parameters
+    rows = tokens * preset.top_k * (2 * preset.hidden + preset.sizes.rows_in + preset.intermediate)
+    rows *= machine.itemsize * contenders
     rows += more
     free = free_bytes(machine)
     if weights + rows > 0.95 * free:

@@ -10,6 +10,7 @@ from ch16.moe.parallel import ExpertParallel, measure_parallel
 from ch16.moe.presets import Preset, require_memory
 from ch16.moe.routing import PATTERNS, expert_load, make_routing, rank_load, require_divisible
 from common.cli import CannotRun
+from common.device import torch_dtype
 from common.distributed import Ranks
 from common.gpu import Machine
 from common.plots import draw, save_plot
@@ -27,7 +28,7 @@ RANK_COLUMNS = (
     Column("gb_per_s", "exchange GB/s a rank", ".2f"),
     Column("tokens_per_s", "tokens/s", ",.0f"),
     Column("rank_cost_percent", "time over balanced %", "+.1f"),
-    Column("spread_percent", "spread of layer ms %", ".0f"),
+    Column("rank_spread_percent", "spread of layer ms %", ".0f"),
 )
 
 
@@ -58,7 +59,7 @@ def measure_ranks(
     require_ranks(preset, max(tokens_list), machine, ranks)
     world = ranks.world_size
     torch.manual_seed(seed)  # the same weights on every rank, which keeps its share and checks against the whole
-    experts = Experts.random(preset.sizes, ranks.device.type)
+    experts = Experts.random(preset.sizes, ranks.device.type, torch_dtype(machine))
     torch.manual_seed(seed + 1 + ranks.rank)  # other tokens on every rank
     here, rows = preset.experts // world, []
     layer = ExpertParallel(experts.part(ranks.rank * here, here), ranks)
@@ -69,7 +70,7 @@ def measure_ranks(
             loads[pattern] = expert_load(routing, preset.experts)
             mine = slice(ranks.rank * tokens, (ranks.rank + 1) * tokens)
             own = Routing(routing.experts[mine].to(ranks.device), routing.weights[mine].to(ranks.device))
-            x = torch.randn(tokens, preset.hidden, device=ranks.device, dtype=torch.bfloat16)
+            x = torch.randn(tokens, preset.hidden, device=ranks.device, dtype=experts.w_in.dtype)
             errors[pattern] = _largest_difference(layer(x, own), grouped(x, experts, own))
             if not errors[pattern] <= TOLERANCE:
                 raise CannotRun(f"{world} ranks disagree with one process by {100 * errors[pattern]:.1f}%")
@@ -85,7 +86,7 @@ def measure_ranks(
                     "max_mean": float(loads[pattern].max() / loads[pattern].mean()),
                     "rank_max_mean": float(by_rank.max() / by_rank.mean()),
                     **{f"{name}_ms": 1e3 * value for name, value in took.items() if name != "spread"},
-                    "spread_percent": 100 * took["spread"],
+                    "rank_spread_percent": 100 * took["spread"],
                     "gb_per_s": 2 * leaving / took["exchange"] / 1e9 if leaving else None,
                     "tokens_per_s": tokens * world / took["step"],
                     "rank_cost_percent": 100 * (took["step"] / seconds[PATTERNS[0]]["step"] - 1),

@@ -12,6 +12,7 @@ from common.results import Column
 from common.text import load_model, token_windows
 
 WINDOW = 256  # tokens read at a time
+CHOICE_BIASES = ("e_score_correction_bias", "expert_bias")  # added to an expert's score for the choice alone
 
 TRAINED_COLUMNS = (
     Column("layer", "layer", "d"),
@@ -27,10 +28,27 @@ def trained_routing(network: nn.Module, ids: torch.Tensor, top_k: int) -> list[R
     """The choices of each MoE layer's router for token ids [N, length], layer by layer: N x length tokens.
 
     Raises:
-        CannotRun: the model does not give its routers' logits.
+        CannotRun: the model does not give its routers' logits, or chooses by more than them.
     """
+    _require_plain_choice(network)
     windows = [_router_logits(network, window[None]) for window in ids]
     return [route(torch.cat(layer), top_k) for layer in zip(*windows, strict=True)]
+
+
+def _require_plain_choice(network: nn.Module) -> None:
+    """Raise CannotRun unless a token goes to the experts with the largest logits, and nothing else has a say.
+
+    DeepSeek-V3 and its kin add a bias to each expert's score that evens out the load, or choose groups of experts
+    first: the largest logits alone would show a load that the model does not have.
+    """
+    tensors = (*network.named_parameters(), *network.named_buffers())
+    if biased := [name for name, tensor in tensors if name.endswith(CHOICE_BIASES) and tensor.any()]:
+        why = f"a bias for each expert ({biased[0]})"
+    elif (getattr(network.config.get_text_config(), "n_group", None) or 1) > 1:
+        why = "groups of experts (n_group in its config.json)"
+    else:
+        return
+    raise CannotRun(f"this model's routers choose by {why}, not by their logits alone, which are all that is read here")
 
 
 def _router_logits(network: nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
@@ -51,7 +69,7 @@ def read_with(model: Model, text: str, tokens: int, top_k: int, machine: Machine
     Raises:
         CannotRun: the text is too short, or the model cannot be loaded or has no routers.
     """
-    network, tokenizer = load_model(model, machine.device)
+    network, tokenizer = load_model(model, machine.device, machine.dtype)
     length = min(WINDOW, tokens)
     count = -(-tokens // length)
     ids = token_windows(text[: 40 * count * length], tokenizer, count, length)  # no need to tokenize a whole book

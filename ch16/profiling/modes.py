@@ -15,6 +15,7 @@ from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
 from common.cli import CannotRun, first_line
+from common.device import synchronise
 from common.timing import graphed
 
 # Relative error of logits by which the same kernels may differ from run to run: a product that is split over the device
@@ -69,12 +70,6 @@ class Decoder:
             if given is not None:
                 self.token.copy_(given[:, i : i + 1])
         return torch.cat(tokens, dim=1), torch.cat(logits, dim=1)
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def launch_modes(decoder: Decoder, compiled: bool) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:

@@ -11,7 +11,8 @@ import torch
 import torch.nn as nn
 
 from common.cli import CannotRun
-from common.gpu import Machine
+from common.device import torch_dtype
+from common.gpu import DTYPE_NAMES, Machine
 from common.models import Model, kv_bytes_per_token
 from common.timing import measure
 
@@ -79,7 +80,7 @@ def count(
 
 
 def require_countable(model: Model) -> None:
-    """What `count` knows: full attention, weights of 16 bits, the usual names of sizes.
+    """What `count` knows: full attention, unquantized weights, the usual names of sizes.
 
     Raises:
         CannotRun: the model has something else.
@@ -99,7 +100,7 @@ def require_countable(model: Model) -> None:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a device can do at most: BF16 FLOP/s, bytes/s, and how that is known."""
+    """What a device can do at most: FLOP/s in its `Machine.dtype`, bytes/s, and how that is known."""
 
     flops_per_s: float
     bytes_per_s: float
@@ -116,12 +117,13 @@ def limits_of(machine: Machine) -> Limits:
     peak = machine.peak
     if peak.bf16_flops and peak.bytes_per_s:
         return Limits(peak.bf16_flops, peak.bytes_per_s, "data sheet")
-    size, device = 2048, machine.device
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    device = machine.device
+    size = 8192 if device == "cuda" else 2048  # a GPU does a smaller one in the time of its launch
+    a, b = (torch.randn(size, size, device=device, dtype=torch_dtype(machine)) for _ in range(2))
     many = torch.ones(2**26, device=device)  # 256 MiB: larger than caches
     product = min(measure(lambda: a @ b, device, warmup=1, repeats=5).seconds)
     summed = min(measure(many.sum, device, warmup=1, repeats=5).seconds)
-    source = f"measured now: a BF16 product of {size} by {size}, a sum of 256 MiB"
+    source = f"measured now: a product of {size} by {size} in {DTYPE_NAMES[machine.dtype]}, a sum of 256 MiB"
     return Limits(2 * size**3 / product, many.nbytes / summed, source)
 
 

@@ -63,6 +63,8 @@ def card(contents: Sequence[Mapping]) -> dict[str, str]:
         shown["CUDA"] = "compute capability " + ".".join(map(str, machine["capability"]))
     peak = machine["peak"]
     shown["BF16"] = limit(machine["native_bf16"], peak["bf16_flops"])
+    if machine["device"] == "cpu" and not machine["native_bf16"]:
+        shown["BF16"] = "no units: models are computed in FP32"
     shown["FP8"] = limit(machine["native_fp8"], peak["fp8_flops"])
     if peak["bytes_per_s"]:
         shown["memory speed"] = f"up to {peak['bytes_per_s'] / 1e12:.4g} TB/s"

@@ -6,7 +6,7 @@ SLACK = 64  # entries that are not current, or tenants that went away, kept besi
 
 
 class TokenCounters:
-    """How much each tenant has been served, and who of those that wait has least.
+    """How many tokens each tenant has been served, and who of those that wait has least.
 
     A tenant that comes back from idleness is lifted to the least of those that wait; if nobody waits, to the last that
     did: nobody saves up. Of equals the one that has waited longer goes first.
@@ -27,7 +27,11 @@ class TokenCounters:
         self._set(tenant, max(self._served.get(tenant, 0.0), level))
 
     def leave(self, tenant: str) -> None:
-        """A tenant has nothing more that waits."""
+        """A tenant has nothing more that waits.
+
+        Raises:
+            KeyError: it did not wait.
+        """
         del self._since[tenant]
         self._last = tenant
         if len(self._served) > self._prune_at + 2 * len(self._since):
@@ -38,12 +42,16 @@ class TokenCounters:
             self._prune_at = max(SLACK, 2 * len(keep))
 
     def charge(self, tenant: str, tokens: float) -> None:
-        """A tenant was served more."""
+        """A tenant was served `tokens` more, whether it waits or not."""
         known = self._served.get(tenant)
         self._set(tenant, (self._level() if known is None else known) + tokens)
 
     def least(self) -> str:
-        """Of the tenants that wait, the one that was served least."""
+        """Of the tenants that wait, the one that was served least.
+
+        Raises:
+            IndexError: nobody waits.
+        """
         while not self._current(self._heap[0]):
             heapq.heappop(self._heap)
         return self._heap[0][2]

@@ -19,11 +19,14 @@ def serve(
     """Send each job at its time; drive the engine step by step until all are answered.
 
     Args:
+        jobs: one answer each, in their order.
+        vocab_size: of the model; prompts are random tokens, the i-th by `seed` + i.
         queue: if given, requests wait there, and at most `slots` of them are with the engine; else all wait with the
             engine, which knows their priority.
+        slots: requests with the engine at once; only with `queue`.
 
     Returns:
-        The answers, and every step that gave tokens, with those before it that gave none.
+        The answers, in seconds from the start, and every step that gave tokens, with those before it that gave none.
     """
     engine = llm.llm_engine
     prompts = [random_prompts(1, job.tokens_in, vocab_size, seed + i)[0] for i, job in enumerate(jobs)]

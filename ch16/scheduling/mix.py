@@ -48,6 +48,13 @@ def bursty_mix(count: int, mean_per_s: float, period_s: float, tokens_in: int, t
     """Poisson arrivals whose rate is 1.5 times the mean in one half of each period and half of it in the other.
 
     An endless period has no bursts. Answers are `tokens_out` long on average, between a half and one and a half of it.
+
+    Args:
+        count: of jobs; the result has as many, by arrival.
+        mean_per_s: requests a second.
+        period_s: seconds from one burst to the next, or math.inf.
+        tokens_in: of each prompt.
+        tokens_out: of an answer, on average; at least 2 in each.
     """
     rng = random.Random(seed)
     names, parts = list(CLASSES), [part for _, part in CLASSES.values()]
@@ -74,10 +81,26 @@ WAIT_COLUMNS = (
 )
 
 
+def by_class(job: Job) -> str:
+    """Urgency, as a group of rows."""
+    return f"{list(CLASSES).index(job.kind) + 1} {job.kind}"
+
+
+def by_tenant(job: Job) -> str:
+    """The tenant that sends most, or one of the others."""
+    return "heavy tenant" if job.tenant == HEAVY else "light tenants"
+
+
 def wait_rows(
     policy: str, answers: Sequence[Answer], group: Callable[[Job], str], bound_s: Callable[[Job], float] | None = None
 ) -> list[dict]:
-    """Rows of WAIT_COLUMNS: time to first token by group, and how many waited longer than `bound_s`."""
+    """Rows of WAIT_COLUMNS: time to first token by group, and how many waited longer than `bound_s`.
+
+    Args:
+        answers: at least one.
+        group: the name of a job's row; rows are sorted by it.
+        bound_s: seconds that a job may wait.
+    """
     end = max(answer.last_s for answer in answers)
     throughput = sum(answer.job.tokens_out for answer in answers) / end
     rows = []

@@ -7,7 +7,13 @@ from common.plots import draw, save_plot
 
 
 def plot(path: str, points: Sequence[dict], simulated: Sequence[dict]) -> None:
-    """Time to first token of each live request over its arrival, one plot a policy; then P99 of the simulation."""
+    """Time to first token of each live request over its arrival, one plot a policy; then P99 of the simulation.
+
+    Args:
+        path: of the PNG.
+        points: `policy`, `kind`, `arrival_s` and `ttft_s` of each.
+        simulated: rows of WAIT_COLUMNS; a policy may have none for a class without requests.
+    """
     names = list(dict.fromkeys(point["policy"] for point in points))
     figure, axes = draw(len(names) + 1)
     top = max(point["ttft_s"] for point in points)
@@ -19,8 +25,9 @@ def plot(path: str, points: Sequence[dict], simulated: Sequence[dict]) -> None:
         axis.legend(title="priority")
     policies = list(dict.fromkeys(row["policy"] for row in simulated))
     for i, kind in enumerate(CLASSES):
-        waits = [row["p99_s"] for row in simulated if row["group"].endswith(kind)]
-        axes[-1].plot(waits, [j + (i - 1) / 5 for j in range(len(policies))], "o", label=kind)
+        shown = [row for row in simulated if row["group"].endswith(kind)]
+        places = [policies.index(row["policy"]) + (i - 1) / 5 for row in shown]
+        axes[-1].plot([row["p99_s"] for row in shown], places, "o", label=kind)
     axes[-1].set(title="simulated", xlabel="time to first token, P99, s", xscale="log")
     axes[-1].set_yticks(range(len(policies)), policies)
     axes[-1].invert_yaxis()

@@ -37,6 +37,13 @@ def simulate(jobs: Iterable[Job], queue: Queue, clock: Clock, costs: Costs, slot
     """Serve `jobs` (by arrival) on one engine of `slots` requests at once, in the order that `queue` gives.
 
     Steps in which nobody comes, joins or leaves are alike, so time jumps from one such moment to the next.
+
+    Args:
+        clock: that of the queue; it is moved.
+        costs: of a step, in seconds.
+
+    Returns:
+        An answer for each job, in the order in which they ended; seconds from the start.
     """
     waiting = iter(jobs)
     following = next(waiting, None)

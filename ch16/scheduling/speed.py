@@ -17,7 +17,13 @@ BATCH = 32
 
 
 def pairs_per_s(add: Callable[[int], object], take: Callable[[], object], depth: int, pairs: int) -> float:
-    """Adds and takes a second while about `depth` requests wait; `take` takes BATCH of them."""
+    """Adds and takes a second while about `depth` requests wait.
+
+    Args:
+        add: lets a request wait; it gets a number.
+        take: takes BATCH of them.
+        pairs: requests that are added and taken, a multiple of BATCH.
+    """
     for i in range(depth):
         add(i)
     started = time.perf_counter()
@@ -29,7 +35,11 @@ def pairs_per_s(add: Callable[[int], object], take: Callable[[], object], depth:
 
 
 def speed_rows(make: Callable[[bool, int], Any], pairs: int) -> list[dict]:
-    """Rows of SPEED_COLUMNS: schedulers that `make(fair, max_queue)` makes, and a bare PriorityQueue of numbers."""
+    """Rows of SPEED_COLUMNS: schedulers that `make(fair, max_queue)` makes, and a bare PriorityQueue of numbers.
+
+    Args:
+        pairs: requests that each adds and takes at each depth, a multiple of BATCH.
+    """
     rows = []
     for depth in (100, 10_000, 100_000):
         bare: queue.PriorityQueue = queue.PriorityQueue()

@@ -1,6 +1,7 @@
 """What may stand in the body of a request, and /generate in terms of /v1/completions."""
 
 import json
+import math
 from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -90,7 +91,7 @@ def parse_body(body: bytes) -> dict:
 
     Raises:
         Refused: not JSON, not an object, or with a number or a text that no engine can hold
-            (NaN, more than 64 bits, half a surrogate pair).
+            (NaN, beyond the range of a float, more than 64 bits, half a surrogate pair).
     """
 
     def integer(digits: str) -> int:
@@ -99,11 +100,17 @@ def parse_body(body: bytes) -> dict:
             raise Refused(400, "an integer in the body has more than 64 bits")
         return value
 
+    def fraction(digits: str) -> float:
+        value = float(digits)
+        if not math.isfinite(value):
+            raise Refused(400, "a number in the body is too large for a float")
+        return value
+
     def constant(name: str) -> None:
         raise Refused(400, f"{name} is not a JSON number")
 
     try:
-        content = json.loads(body, parse_int=integer, parse_constant=constant)
+        content = json.loads(body, parse_int=integer, parse_float=fraction, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is not valid JSON: {error}") from None
     if not isinstance(content, dict):

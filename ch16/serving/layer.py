@@ -9,7 +9,8 @@ vLLM's does not have, and touches the engine nowhere:
     429, 413, 400      a bound on queued work, on body and prompt size; unknown fields are refused
     SIGTERM            no new requests, those in flight finish, exit 0
 
-A request goes: API key? -> body -> JSON and limits -> draining? -> a place in the queue -> vLLM.
+A request goes: API key? -> draining? queue full? -> body -> JSON and limits -> still not draining, and a place in the
+queue for each of its sequences? -> vLLM.
 """
 
 import asyncio

@@ -4,10 +4,10 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 from ch16.speculation.loop import Step
 from ch16.speculation.theory import Counts
-from common.timing import percentile
 
 
 @dataclass
@@ -39,14 +39,17 @@ class Wave:
         return sum(sum(new) for _, new in self.steps) / self.passes
 
     def step_seconds(self, gave_more: bool | None = None) -> float | None:
-        """Median of the steps; None if there are none.
+        """Mean of the steps; None if there are none.
+
+        Not the median: what is to be explained is a sum of steps, and an engine that schedules ahead returns them in
+        uneven gaps.
 
         Args:
             gave_more: True for those that gave a request more than one token, and so verified a draft; False for those
                 that gave one: they had none, or it was wrong from the start.
         """
         seconds = [seconds for seconds, new in self.steps if gave_more in (None, max(new) > 1)]
-        return percentile(seconds, 50) if seconds else None
+        return fmean(seconds) if seconds else None
 
 
 def joined(waves: Iterable[Wave]) -> Wave:

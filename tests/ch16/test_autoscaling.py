@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from ch16 import autoscaling
+from ch16.autoscale.emit import read_spec
 from ch16.autoscale.search import Tried
 from ch16.autoscale.signals import by_pods, signals
 from ch16.autoscale.simulate import Pool
@@ -88,6 +89,22 @@ def test_longer_cold_starts_miss_more():
     assert missed[0, 480] < missed[300, 480] and missed[120, 960] < missed[120, 120]
 
 
+def test_rules_that_scale_down_slowly_pay_for_more_replicas(tmp_path):
+    """Bursts of which the defaults give replicas back after five minutes, and the manifest one in an hour."""
+    file = tmp_path / "hpa.yaml"
+    down = {"stabilizationWindowSeconds": 600, "policies": [{"type": "Pods", "value": 1, "periodSeconds": 1800}]}
+    spec = {"minReplicas": 2, "maxReplicas": 10, "behavior": {"scaleDown": down}}
+    file.write_text(yaml.safe_dump({"kind": "HorizontalPodAutoscaler", "spec": spec}))
+    fleet, signal, seconds = lab(), signals(8)["active"], 7200
+    requests = fleet.traffic(autoscaling.bursty(seconds, fleet.rng), seconds)
+    defaults, same, own = autoscaling.rules_rows(
+        fleet, requests, signal, 2.5, "x.yaml", read_spec(file), autoscaling.Sizes(8, 1.0, 0.5, 2)
+    )
+    assert defaults == {"rules": "Kubernetes' defaults", "target": 2.5} | fleet.run(requests, by_pods(signal, 2.5))
+    assert same["rules"] == "x.yaml, the same target" and same["target"] == 2.5
+    assert same["hours"] > 1.1 * defaults["hours"] and own["target"] != 2.5
+
+
 def test_budgets_buy_fewer_misses():
     (row,) = autoscaling.price_rows({"gpu": FRONTIER}, signals(8), full_h=6.0)
     assert row["b1.5"] is None and row["b2"] == row["b3.5"] == 90.0
@@ -122,6 +139,7 @@ def test_emit_prints_the_manifest_and_nothing_else(monkeypatch, capsys, costs):
         (["--cold-start-s", "nan"], "--cold-start-s must be at least 0"),
         (["--slo-ttft-ms", "0"], "must be above 0"),
         (["--emit", "--plot", "x.png"], "--plot draws what --emit leaves out"),
+        (["--emit", "--hpa", "x.yaml"], "and not those of --hpa"),
     ],
 )
 def test_wrong_flags(monkeypatch, capsys, flags, message):
@@ -130,7 +148,7 @@ def test_wrong_flags(monkeypatch, capsys, flags, message):
     assert error.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_a_trace_that_cannot_be_replayed_is_found_before_the_engine_starts(monkeypatch, tmp_path):
+def test_a_file_that_cannot_be_used_is_found_before_the_engine_starts(monkeypatch, tmp_path):
     day = tmp_path / "day.csv"
     hours = ("00", "01", "03")
     day.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(f"2026-01-01 {h}:00:00,5,4\n" for h in hours))
@@ -140,6 +158,8 @@ def test_a_trace_that_cannot_be_replayed_is_found_before_the_engine_starts(monke
         call(monkeypatch, "--quick", "--trace", "/nowhere.csv")
     with pytest.raises(CannotRun, match="cannot read /nowhere"):
         call(monkeypatch, "--quick", "--costs", "/nowhere.json")
+    with pytest.raises(CannotRun, match="cannot read /nowhere"):
+        call(monkeypatch, "--quick", "--hpa", "/nowhere.yaml")
 
 
 @pytest.mark.slow
@@ -152,4 +172,6 @@ def test_the_script(quick_run):
         assert tables[name]["title"].startswith("Simulated")
         assert [row["signal"] for row in tables[name]["rows"]] == [signal.title for signal in signals(8).values()]
         assert all(0 <= row["missed_percent"] <= 100 and 2 <= row["mean"] <= 10 for row in tables[name]["rows"])
+    first, second, _ = tables["rules"]["rows"]
+    assert first["target"] == second["target"] and second["rules"] == "k8s/base/hpa.yaml, the same target"
     assert done.json["claims"][0]["claim"] == "A1"

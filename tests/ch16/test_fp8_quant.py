@@ -100,7 +100,7 @@ def test_a_second_prompt_into_a_cache_is_refused():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_stack_memory_on_a_cpu(recipe):
-    memory, speed = measure_stack(lambda p: FP8TransformerModel(SMALL, p, "cpu"), BF16, RECIPES[recipe], CPU, SMALL, 0)
+    memory, speed = measure_stack(lambda p: FP8TransformerModel(SMALL, p, "cpu"), RECIPES[recipe], CPU, SMALL, 0)
     assert speed == [] and 0.4 < memory["weight_ratio"] <= 0.56
     assert memory["bf16_mb"] == pytest.approx(SMALL.bf16_weight_bytes / 1e6, rel=0.05)
 
@@ -108,12 +108,12 @@ def test_stack_memory_on_a_cpu(recipe):
 def test_a_stack_that_disagrees_is_an_error():
     def build(precision):
         model = FP8TransformerModel(SMALL, precision, "cpu")
-        if precision is not BF16:
+        if precision != BF16:
             model.register_forward_hook(lambda module, inputs, output: output * 1.5)
         return model
 
     with pytest.raises(CannotRun, match="differ by 5"):
-        measure_stack(build, BF16, RECIPES["row"], CPU, SMALL, 0)
+        measure_stack(build, RECIPES["row"], CPU, SMALL, 0)
 
 
 def test_sizes():

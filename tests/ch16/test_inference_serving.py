@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ch16 import inference_serving as serving
+from common.cli import CannotRun
 from common.gpu import Machine, Peak
 from common.models import SHAPES, Model
 
@@ -20,7 +20,8 @@ SMALL = Model("p", "llama-3-8b", SHAPES["llama-3-8b"], dummy=True)
 
 
 def run(*flags):
-    return subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True, cwd="/", check=False)
+    command = [sys.executable, SCRIPT, *flags]  # what is not refused would serve for ever
+    return subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120, check=False)
 
 
 # ---- the search for the best concurrency ----
@@ -74,8 +75,11 @@ def test_claims_on_a_cpu_are_never_decided():
     assert all(v.reason for v in serving.claims(best(), SMALL, CPU, 1))
 
 
-def test_claims_of_a_small_model_are_never_decided():
-    assert set(verdicts(best(), SMALL, EIGHT, 8).values()) == {"n/a"}
+@pytest.mark.parametrize("shape", ["llama-3-8b", "qwen3-30b-a3b", "mixtral-8x7b"])
+def test_claims_of_a_model_that_computes_less_are_never_decided(shape):
+    """Of a mixture of experts what a token uses is counted: 3B of the 30B, 13B of the 47B."""
+    found = serving.claims(best(20_000.0), Model("p", shape, SHAPES[shape]), EIGHT, 8)
+    assert {v.verdict for v in found} == {"n/a"} and all(f"this is {shape}" in v.reason for v in found)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +89,7 @@ def test_claims_of_a_small_model_are_never_decided():
         (best(16000.0, gpus=8), EIGHT, {"S1": "holds", "S2": "holds", "S3": "holds", "S4": "holds"}),
         (best(14999.0, 50.0, 100.0, 99.0, 8), EIGHT, dict.fromkeys(("S1", "S2", "S3", "S4"), "fails")),
         (best(busy=None), H100, {"S1": "n/a", "S2": "holds", "S3": "holds", "S4": "n/a"}),
+        (best(busy=0.0), H100, {"S1": "n/a", "S2": "holds", "S3": "holds", "S4": "fails"}),
     ],
 )
 def test_claims_of_the_33b_model(row, machine, expected):
@@ -103,7 +108,8 @@ def test_four_of_eight_gpus_do_not_decide_s1():
     [
         ("--nonsense",), ("--demo", "--serve"), ("--tensor-parallel", "0"), ("--serve", "--json", "x"),
         ("--compare-bf16", "--quantization", "fp8"), ("--device", "tpu"), ("--serve", "--max-queue", "-1"),
-        ("--serve", "--quick"),
+        ("--serve", "--quick"), ("--seed", "-1"), ("--serve", "--drain-timeout", "nan"),
+        ("--serve", "--drain-timeout", "-1"),
     ],
 )  # fmt: skip
 def test_usage_errors_exit_with_2(flags):
@@ -120,7 +126,7 @@ def test_usage_errors_exit_with_2(flags):
         (("--dummy-weights", "gpt-99"), "no shape 'gpt-99'"),
         (("--device", "cpu", "--quantization", "fp8"), "has no FP8 units"),
         (("--device", "cpu", "--tensor-parallel", "2"), "9 attention heads do not divide"),
-        (("--device", "cpu", "--compare-bf16"), "has no FP8 units"),
+        (("--device", "cpu", "--compare-bf16"), "newer GPUs do); leave --compare-bf16 out"),
         (("--serve", "--device", "cpu", "--port", "70000"), "cannot listen on 127.0.0.1:70000"),
     ],
 )
@@ -130,6 +136,13 @@ def test_failures_are_one_line_and_exit_with_1(flags, message):
     done = run(*flags)
     assert done.returncode == 1 and message in done.stderr
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+
+
+def test_a_checkpoint_that_is_quantized_already_cannot_be_compared():
+    awq = Model("p", "awq-model", SHAPES["llama-3-8b"] | {"quantization_config": {"quant_method": "awq"}})
+    with pytest.raises(CannotRun, match="awq-model is quantized already"):
+        serving.require_two_precisions(awq, H100)
+    serving.require_two_precisions(SMALL, H100)
 
 
 def test_help_shows_every_flag_and_its_default():
@@ -143,16 +156,14 @@ def test_help_shows_every_flag_and_its_default():
 
 
 @pytest.mark.slow
-def test_demo_on_two_ranks(tmp_path):
-    """Tensor parallelism over two CPU processes, random weights; the JSON holds what was printed."""
-    file, picture = tmp_path / "out.json", tmp_path / "out.png"
-    flags = ("--dummy-weights", "tiny-llama", "--tensor-parallel", "2", "--device", "cpu", "--quick")
-    done = run(*flags, "--json", str(file), "--plot", str(picture))
-    assert done.returncode == 0, done.stderr[-3000:]
-    content = json.loads(file.read_text())
-    assert content["settings"]["tensor_parallel"] == 2 and content["settings"]["dummy_weights"] is True
-    rows = content["tables"]["load"]["rows"]
-    assert rows and all(f"{row['tokens_per_s']:,.0f}" in done.stdout for row in rows)
-    assert [claim["claim"] for claim in content["claims"]] == ["S1", "S2", "S3", "S4"]
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "random weights: speed only" in done.stdout and "Prompt:" not in done.stdout
+def test_the_json_holds_what_was_printed(quick_run):
+    """Two ranks of the engine: see tests/ch16/layouts/test_launch.py."""
+    done = quick_run("python3", "ch16/inference_serving.py", "--quick")
+    assert done.status == 0, done.err[-3000:]
+    rows = done.json["tables"]["load"]["rows"]
+    assert rows and all(f"{row['tokens_per_s']:,.0f}" in done.out for row in rows)
+    assert [row["best"] for row in rows].count("") == len(rows) - 1  # one is marked
+    assert [claim["claim"] for claim in done.json["claims"]] == ["S1", "S2", "S3", "S4"]
+    assert done.json["script"] == "inference_serving.py" and done.json["settings"]["dummy_weights"] is False
+    assert all(f"Prompt: {prompt}\nGenerated: " in done.out for prompt in serving.PROMPTS)
+    assert done.plot.read_bytes().startswith(b"\x89PNG")

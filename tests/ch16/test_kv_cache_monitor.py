@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from types import ModuleType
 
 import pytest
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from ch16 import kv_cache_monitor
 from ch16.kv_cache_monitor import CacheMonitor, bytes_rows, call_rows
+from common.cli import CannotRun
 from common.gpu import detect
 from common.models import SHAPES, Model
 
@@ -216,6 +218,9 @@ def test_bytes():
     [
         (["--watch", "http://127.0.0.1:9"], 1, "no metrics from http://127.0.0.1:9"),
         (["--seconds", "0"], 2, "must be above 0"),
+        (["--seconds", "5"], 2, "--seconds belongs to --watch"),
+        (["--watch", "http://127.0.0.1:9", "--json", "x.json"], 2, "--json and --plot belong to the workloads"),
+        (["--watch", "http://127.0.0.1:9", "--plot", "x.png"], 2, "--json and --plot belong to the workloads"),
         (["--model", "/does/not/exist"], 1, "no model '/does/not/exist'"),
         (["--dummy-weights", "gpt-9"], 1, "no shape 'gpt-9'"),
         (["--device", "cuda"], 1, "no GPU found"),
@@ -227,6 +232,23 @@ def test_bad_input_is_one_line(flags, status, message):
     done = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == status and message in done.stderr
     assert status == 2 or (done.stderr.startswith("error: ") and done.stderr.count("\n") == 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({}, "cannot import name 'KVEventsConfig'"),  # a vLLM from before there were events
+        ({"KVEventsConfig": lambda enable_kv_cache_events: None}, "unexpected keyword argument"),
+    ],
+)
+def test_a_vllm_without_events_is_one_line(monkeypatch, tmp_path, config, reason):
+    older = ModuleType("vllm.config")
+    vars(older).update(config)
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.config", older)
+    with pytest.raises(CannotRun, match=f"vLLM did not start with KV cache events: .*{reason}") as refusal:
+        kv_cache_monitor.monitored_engine({}, str(tmp_path))
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.slow

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from ch16 import load_balancer
 from ch16.balancing.breaker import CircuitBreaker, NoServer
-from ch16.load_balancer import SPARE, LoadBalancer, server_list
+from ch16.load_balancer import SPARE, LoadBalancer, replica_commands, server_list
+from common import models
+from common.gpu import Machine
 
 NAMES = ("a:1", "b:2", "c:3")
 
@@ -180,7 +182,47 @@ def test_a_taken_port_is_one_line(tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("error: cannot listen on 127.0.0.1:")
 
 
+def test_random_weights_are_refused_with_a_reason(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["load_balancer.py", "--fake-replicas", "--dummy-weights", "tiny-llama"])
+    with pytest.raises(SystemExit) as stopped:
+        load_balancer.main()
+    assert stopped.value.code == 2 and "the lab sends text: use --model" in capsys.readouterr().err
+
+
 # ---- the lab ----
+
+
+def machine(device, count=1):
+    return Machine(device, "a machine", count, 80 * 2**30, 8, None, True, True)
+
+
+@pytest.fixture
+def folder_model(tmp_path, monkeypatch):
+    """A model by a path that is right in this folder only."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    return models.resolve("./mine", machine("cpu"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_replicas_find_the_model_from_another_folder(folder_model, tmp_path, device):
+    commands = replica_commands(machine(device), folder_model, seed=0)
+    for command, _ in commands:
+        assert command[command.index("--model") + 1] == str(tmp_path.resolve() / "mine")
+    assert len(commands) == load_balancer.REPLICAS
+
+
+@pytest.mark.parametrize(
+    ("listed", "count", "expected"),
+    [("4,GPU-abc", 2, ["4", "GPU-abc", "4"]), ("7", 1, ["7", "7", "7"]), (None, 4, ["0", "1", "2"])],
+)
+def test_replicas_take_the_gpus_that_are_ours(folder_model, monkeypatch, listed, count, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if listed:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    commands = replica_commands(machine("cuda", count), folder_model, seed=0)
+    assert [env["CUDA_VISIBLE_DEVICES"] for _, env in commands] == expected
 
 
 @pytest.mark.slow

@@ -1,12 +1,15 @@
+import contextlib
 import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from ch16 import load_test
-from common.loadclient import Load, Objective
+from common.gpu import detect
+from common.loadclient import Load, Objective, Target
 from common.traces import Arrival
 from tests.upstream import Upstream, reply, says
 
@@ -37,7 +40,7 @@ TRACE = [Arrival(0.0, 30, 10), Arrival(2.0, 50, 30)]  # 20 tokens out in the mea
 
 def test_the_capacity_is_compared_in_requests_of_the_same_lengths():
     tester = Recorder(steady=120.0, keeps=1e5)
-    _, capacity, kept = load_test.replay(tester, TRACE, 16, 4.0, row())
+    _, capacity, kept = load_test.replay(tester, TRACE, 16, 4.0, row(), 3)
     tokens, requests, knee = capacity
     assert (tokens["synthetic"], tokens["trace"]) == (100, 120)
     assert (requests["synthetic"], requests["trace"]) == (5, 6)
@@ -47,19 +50,33 @@ def test_the_capacity_is_compared_in_requests_of_the_same_lengths():
     assert calm[-1].at_s == pytest.approx(1 / 4.0) and flood[-1].at_s < 1e-5
 
 
-def test_the_trace_goes_slower_until_it_keeps_the_objective():
-    tester = Recorder(steady=120.0, keeps=2.0)
-    rows, capacity, kept = load_test.replay(tester, TRACE, 16, 4.0, row())
-    assert [row["rate"] for row in rows[1:]] == [4, 3, 2] and kept == 2
-    assert capacity[2]["error_percent"] == pytest.approx(100)
-    rows, capacity, kept = load_test.replay(Recorder(120.0, keeps=0.5), TRACE, 16, 4.0, row())
-    assert rows[-1]["rate"] == 1 and kept == 0 and capacity[2]["error_percent"] is None
-    assert load_test.replay(Recorder(120.0), TRACE, 16, 0.0, row())[2] == 0  # no knee: nothing to compare
+def test_the_knee_of_the_trace_is_sought_below_that_of_the_synthetic_requests():
+    tester = Recorder(steady=120.0, keeps=2.6)
+    rows, capacity, kept = load_test.replay(tester, TRACE, 16, 4.0, row(), 3)
+    assert [row["rate"] for row in rows[1:]] == [2, 2.5, 3, 4] and kept == 2.5
+    assert capacity[2]["error_percent"] == pytest.approx(60)
+    rows, capacity, kept = load_test.replay(Recorder(120.0, keeps=0.4), TRACE, 16, 4.0, row(), 3)
+    assert rows[1]["rate"] == 0.5 and kept == 0 and capacity[2]["error_percent"] is None
+    rows, _, kept = load_test.replay(Recorder(120.0), TRACE, 16, 0.0, row(), 3)
+    assert len(rows) == 1 and kept == 0  # no knee: nothing to compare
+
+
+@pytest.mark.parametrize("machine", ["cpu", "cuda", "quick"])
+def test_the_knee_of_the_trace_is_finer_than_the_claim_asks(machine):
+    sizes = load_test.sizes_for(SimpleNamespace(device=machine), machine == "quick")
+    assert 100 / 2**sizes.trace_refine < load_test.W1_PERCENT
 
 
 @pytest.mark.parametrize(
     ("error", "knee", "kept", "verdict"),
-    [(14.0, 4, 4, "holds"), (-16.0, 4, 4, "fails"), (1.0, 4, 3, "fails"), (1.0, 0, 0, "fails")],
+    [
+        (14.0, 4, 4, "holds"),
+        (14.0, 4, 3.5, "holds"),
+        (14.0, 4, 3.4, "fails"),
+        (-16.0, 4, 4, "fails"),
+        (1.0, 4, 0, "fails"),
+        (1.0, 0, 0, "fails"),
+    ],
 )
 def test_the_claim_asks_for_both(error, knee, kept, verdict):
     capacity = [{}, {"synthetic": 5.0, "trace": 5.0, "error_percent": error}]
@@ -73,6 +90,85 @@ def test_users_of_the_closed_loop_follow_from_littles_law():
     assert [changes for _, changes in tester.asked] == [
         {"rate": 8.0}, {"rate": 8.0, "burstiness": 0.25}, {"rate": 8.0, "tokens_shared": 20}, {"at_once": 4},
     ]  # fmt: skip
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs the script with an invented server, which keeps the objective up to 4 requests/s. Returns its JSON."""
+
+    @contextlib.contextmanager
+    def server(args, machine):
+        yield Target("http://a:1", "m", "t")
+
+    def run_load(target, load, objective, seed):
+        loads.append(load)
+        figures = {f"{figure}_p{q}_ms": 100.0 for figure in ("ttft", "tpot", "itl", "e2el") for q in (50, 90, 99)}
+        numbers = dict.fromkeys(("answered", "goodput", "tokens_per_s", "errors", "late_ms"), 1.0)
+        rate = load.rate if math.isfinite(load.rate) else 5.0
+        return figures | numbers | row(offered=rate, good_percent=95.0 if rate <= 4 else 80.0)
+
+    def call(*flags):
+        file = tmp_path / "out.json"
+        monkeypatch.setattr(sys, "argv", ["load_test.py", "--device", "cpu", "--json", str(file), *flags])
+        load_test.main()
+        return json.loads(file.read_text())
+
+    loads = call.loads = []
+    monkeypatch.setattr(load_test, "server", server)
+    monkeypatch.setattr(load_test, "run_load", run_load)
+    return call
+
+
+def test_a_row_is_called_after_its_arrivals(run, capsys):
+    assert [row["load"] for row in run("--rates", "2")["tables"]["rates"]["rows"]] == ["Poisson, 2.00/s"]
+    rows = run("--rates", "2", "--burstiness", "0.3", "--users", "3")["tables"]["rates"]["rows"]
+    assert [row["load"] for row in rows] == ["gamma 0.3, 2.00/s", "3 users"] and run.loads[-1].burstiness == 0.3
+    tables = run("--burstiness", "0.3")["tables"]
+    assert "Poisson" not in capsys.readouterr().out.split("gamma 0.3", 1)[1]
+    assert tables["shapes"]["rows"][0]["load"] == "gamma 0.3"
+
+
+def test_the_settings_say_what_was_asked_for(run):
+    settings = run("--rates", "2", "--burstiness", "0.3", "--slo-tpot-ms", "40", "--shared-tokens", "4")["settings"]
+    expected = {"burstiness": 0.3, "slo_ttft_ms": None, "slo_tpot_ms": 40, "tokens_shared": 4, "seed": 0}
+    assert expected.items() <= settings.items()
+    settings = run("--slo-ttft-ms", "250")["settings"]  # the other limit comes from the light load
+    assert (settings["slo_ttft_ms"], settings["slo_tpot_ms"], settings["burstiness"]) == (250, 300, 1)
+
+
+def test_a_picture_needs_rates(run, tmp_path, capsys):
+    file = tmp_path / "load.png"
+    with pytest.raises(SystemExit) as stopped:
+        run("--users", "3", "--plot", str(file))
+    assert stopped.value.code == 2 and "name --rates, too" in capsys.readouterr().err and not run.loads
+    run("--users", "3", "--rates", "2", "3", "--plot", str(file))
+    assert file.stat().st_size > 1000
+
+
+def test_the_server_finds_the_model_from_another_folder(monkeypatch, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    commands = []
+
+    class Process:
+        def __init__(self, command, folder):
+            commands.append(command)
+            self.url = "http://a:1"
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            pass
+
+    monkeypatch.setattr(load_test, "ServerProcess", Process)
+    monkeypatch.setattr(load_test, "target_at", lambda url, args: Target(url, "mine", "t"))
+    with load_test.server(SimpleNamespace(url=None, quick=False, model="./mine"), detect("cpu")) as target:
+        assert target.url == "http://a:1"
+    (command,) = commands
+    assert command[command.index("--model") + 1] == str(tmp_path.resolve() / "mine")
+    assert command[command.index("--device") + 1] == "cpu"
 
 
 @pytest.mark.parametrize(

@@ -114,10 +114,25 @@ def test_uneven_load(rows, verdict, text):
     assert found.verdict == verdict and text in found.measured
 
 
-def test_a_cost_within_the_noise_decides_nothing():
-    row = pattern("zipf", 0.0, 8.0) | {"spread_percent": 9.0}
-    assert moe_benchmark.uneven_load_claim([row], "over 2 ranks").verdict == "n/a"
-    assert moe_benchmark.uneven_load_claim([row | {"spread_percent": 7.0}], "over 2 ranks").verdict == "holds"
+@pytest.mark.parametrize(
+    ("costs", "verdict", "text"),
+    [
+        ([(0.0, 1.0, 8.0, 9.0)], "n/a", "+8% over 2 ranks"),
+        ([(0.0, 9.0, 8.0, 7.0)], "holds", "+8% over 2 ranks"),
+        ([(8.0, 9.0, 0.0, 1.0)], "n/a", "+8% on one device"),
+        ([(8.0, 7.0, 0.0, 9.0)], "holds", "+8% on one device"),
+        ([(9.0, 20.0, 6.0, 1.0)], "holds", "+6% over 2 ranks"),  # the other may be nothing, this one is something
+        ([(1.0, 1.0, 9.0, 20.0)], "n/a", "+9% over 2 ranks"),
+        ([(1.0, 0.5, 2.0, 0.5)], "fails", "+2% over 2 ranks"),
+    ],
+)
+def test_a_cost_within_its_noise_decides_nothing(costs, verdict, text):
+    rows = [
+        pattern("zipf", cost, rank_cost) | {"spread_percent": spread, "rank_spread_percent": rank_spread}
+        for cost, spread, rank_cost, rank_spread in costs
+    ]
+    found = moe_benchmark.uneven_load_claim(rows, "over 2 ranks")
+    assert found.verdict == verdict and text in found.measured
 
 
 @pytest.mark.parametrize(("error", "verdict"), [(-15.0, "holds"), (14.0, "holds"), (15.1, "fails"), (-40.0, "fails")])
@@ -145,6 +160,7 @@ def test_weights_belong_to_the_module():
         (["--hidden-size", "4000000"], 1, "GiB for its weights"),
         (["--preset", "deepseek-v3", "--target-tok-s", "9"], 2, "needs a whole model"),
         (["--preset", "gpt-5"], 2, "invalid choice"),
+        (["--preset", "small-moe", "--hidden-size", "64"], 2, "a --preset has its own width"),
         (["--link-gb-s", "-3"], 2, "must be above 0"),
         (["--device", "cuda"], 1, "no GPU found"),
         (["--model", "/nowhere"], 1, "no model '/nowhere'"),
@@ -161,6 +177,33 @@ def test_bad_input_is_one_line(flags, status, message, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert stopped.value.code == status and message in error
     assert status == 2 or (error.startswith("error: ") and error.count("\n") == 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "routed"), [([], "64 gated experts, top-8"), (["--preset", "small-moe"], "small-moe")]
+)
+def test_routing_is_measured_on_the_layer_that_was_asked_for(flags, routed, tmp_path, monkeypatch, capsys):
+    """And a plan that needs too much memory takes nothing from what was measured before."""
+
+    def too_much(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore lines")
+
+    monkeypatch.setattr(moe_benchmark, "measure_layers", lambda *_: [])
+    monkeypatch.setattr(moe_benchmark, "measure_capacity", too_much)
+    file = tmp_path / "moe.json"
+    fixed = ["moe_benchmark.py", "--quick", "--device", "cpu", "--tokens", "8", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", [*fixed, *flags])
+    assert moe_benchmark.main() == 0
+    content = json.loads(file.read_text())
+    routing = content["tables"]["routing"]
+    assert routing["title"].startswith(f"What routing costs, {routed}, grouped") and len(routing["rows"]) == 4
+    experts = len(routing["rows"][0]["load"])
+    assert experts == (moe_benchmark.PRESETS["small-moe"].experts if flags else 64)
+    assert content["settings"]["preset"] == (flags[1] if flags else None) and content["settings"]["model"] is None
+    m1, m2 = content["claims"]
+    assert m1["verdict"] == "n/a" and m2["claim"] == "M2"
+    assert m1["reason"] == "the plan ran out of GPU memory: CUDA out of memory. Tried to allocate 9 GiB."
+    assert "More lines" not in capsys.readouterr().out
 
 
 def launch(*arguments):

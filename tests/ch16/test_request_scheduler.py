@@ -13,9 +13,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from ch16 import request_scheduler
-from ch16.request_scheduler import LIVE, SLACK, InferenceScheduler, PrioritizedRequest, QueueFull, claim
+from ch16.request_scheduler import (
+    LIVE,
+    SLACK,
+    InferenceScheduler,
+    PrioritizedRequest,
+    QueueFull,
+    Sizes,
+    claim,
+    live_load,
+)
+from ch16.scheduling.mix import CLASSES, bursty_mix
 from ch16.scheduling.simulate import Clock
 from ch16.scheduling.speed import speed_rows
+from common.costs import Costs
 
 SCRIPT = request_scheduler.__file__
 
@@ -396,6 +407,26 @@ def test_speed_rows():
     rows = speed_rows(lambda fair, size: InferenceScheduler(fair=fair, max_queue=size), 64)
     assert len(rows) == 9 and all(row["pairs_per_s"] > 0 for row in rows)
     assert [row["ratio"] for row in rows if row["what"] == "queue.PriorityQueue"] == [1.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("base_s", "count", "seconds"), [(0.001, 1625, 2.5), (0.01, 162, 2.5), (0.1, 50, 7.692), (60.0, 50, 4615.4)]
+)
+def test_a_slow_model_gets_the_time_for_enough_requests(base_s, count, seconds):
+    """8 at once of 16 tokens each are answered in 16 steps; 1.3 times as many come."""
+    sizes = Sizes(8, 32, 16, 2.5)
+    found, per_s, span = live_load(sizes, Costs(base_s, 0.0, 0.0))
+    assert (found, span) == (count, pytest.approx(seconds, rel=1e-3)) and per_s == pytest.approx(1.3 * 8 / 16 / base_s)
+    jobs = bursty_mix(found, per_s, math.inf, 32, 16, seed=0)
+    assert {job.kind for job in jobs} == set(CLASSES)
+
+
+def test_a_simulation_of_few_requests_can_be_drawn(tmp_path):
+    """Of one request there are no waits of the other classes."""
+    classes, _ = request_scheduler.simulated_rows(Costs(0.01, 0.001, 0.0), Sizes(8, 32, 16, 2.5), 1, seed=0)
+    point = {"policy": LIVE[0], "kind": "low", "arrival_s": 0.0, "ttft_s": 1.0}
+    request_scheduler.plot(str(tmp_path / "waits.png"), [point], classes)
+    assert (tmp_path / "waits.png").read_bytes().startswith(b"\x89PNG")
 
 
 def rows_of(ratio, throughput):

@@ -9,6 +9,7 @@ from ch16 import serving_layouts
 from ch16.layouts.plan import Layout
 from ch16.serving_layouts import best_row, busy, choose, claims, machine_type, marked, price_of_a_million
 from common.cli import CannotRun
+from common.gpu import detect
 from common.loadclient import Objective
 from common.models import SHAPES, Model
 
@@ -47,9 +48,11 @@ def test_idle_samples_around_the_work_do_not_count():
         ({"tokens_per_s": 14_999.0}, 8, LARGE, ["fails", "holds", "holds", "holds"], ""),
         ({"tpot_p50_ms": 50.0, "tpot_p99_ms": 100.0}, 8, LARGE, ["holds", "fails", "fails", "holds"], ""),
         ({"utilization": 99.0}, 8, LARGE, ["holds", "holds", "holds", "fails"], ""),
+        ({"utilization": 0.0}, 8, LARGE, ["holds", "holds", "holds", "fails"], ""),
         ({"utilization": None}, 8, LARGE, ["holds", "holds", "holds", "n/a"], "no GPU was sampled"),
         ({}, 4, LARGE, ["n/a"] * 4, "about 8 GPUs, this was measured on 4"),
         ({}, 8, Model("p", "small", SHAPES["llama-3-8b"]), ["n/a"] * 4, "33B model; this is small"),
+        ({}, 8, Model("p", "moe", SHAPES["qwen3-30b-a3b"]), ["n/a"] * 4, "of which a token uses 3B parameters"),
         ({}, 8, None, ["n/a"] * 4, "stand-ins"),
     ],
 )
@@ -155,7 +158,8 @@ def test_a_layout_that_fails_does_not_lose_the_others(monkeypatch, capsys, tmp_p
         tables = json.loads(file.read_text())["tables"]
         assert [r["layout"] for r in tables["layouts"]["rows"]] == ["1 x TP=1"] * 2 + ["1 x TP=2"] * 2
         assert [r["price"] for r in tables["layouts"]["rows"]] == pytest.approx([10, 10, 20, 20])  # two devices, paid
-        assert [r["cache_tokens"] for r in tables["starts"]["rows"]] == [2**18, 2**19]
+        one = 2**19 // detect("cpu").itemsize
+        assert [r["cache_tokens"] for r in tables["starts"]["rows"]] == [one, 2 * one]
 
 
 # ---- the processes ----

@@ -1,8 +1,14 @@
 import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from common import cli
+from common.models import ROOT
 
 
 def status_of(main):
@@ -23,9 +29,58 @@ def test_exit_status(capsys):
     assert capsys.readouterr().err == "error: the reason\ninterrupted\n"
 
 
-def test_a_real_bug_is_not_hidden():
-    with pytest.raises(ZeroDivisionError):
-        cli.run(lambda: 1 // 0)
+@pytest.mark.parametrize("error", [ZeroDivisionError, RuntimeError, BrokenPipeError])  # a pipe that is not the output
+def test_a_real_bug_is_not_hidden(error):
+    def breaks():
+        raise error
+
+    with pytest.raises(error):
+        cli.run(breaks)
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "line"),
+    [
+        ("EngineDeadError", Exception, "error: the engine died (VLLM_LOGGING_LEVEL=INFO shows its log)\n"),
+        ("OutOfMemoryError", RuntimeError, "error: out of GPU memory: CUDA out of memory. Choose smaller sizes.\n"),
+    ],
+)
+def test_what_torch_and_vllm_raise_is_one_line(capsys, name, base, line):
+    """By name: their classes are not imported for it."""
+
+    def breaks():
+        raise type(name, (base,), {})("CUDA out of memory.\nmore")
+
+    assert status_of(breaks) == 1 and capsys.readouterr().err == line
+
+
+def test_the_names_are_torchs_and_vllms():
+    from torch import OutOfMemoryError
+
+    assert OutOfMemoryError.__name__ == "OutOfMemoryError"
+    (folder,) = importlib.util.find_spec("vllm").submodule_search_locations  # importing it would take seconds
+    assert "class EngineDeadError(" in (Path(folder) / "v1" / "engine" / "exceptions.py").read_text()
+
+
+@pytest.mark.parametrize(
+    "main",
+    [
+        "lambda: print('kept until the end')",
+        "lambda: print('at once', flush=True)",
+        "lambda: print('long ' * 100_000)",
+        "cli.standard_parser('doc').print_help",
+        "lambda: cli.standard_parser('doc').parse_args(['--help'])",
+    ],
+)
+def test_nobody_reads_the_output(main):
+    """As in `script | head`: no message, and the status of a process that SIGPIPE ended."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", f"from common import cli; cli.run({main})"]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, cwd=ROOT, env=buffered, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_standard_flags_and_their_defaults():
@@ -37,7 +92,19 @@ def test_standard_flags_and_their_defaults():
     assert not hasattr(cli.standard_parser("doc").parse_args([]), "model")
 
 
-@pytest.mark.parametrize(("kind", "text"), [(cli.positive_int, "0"), (cli.non_negative_int, "-1")])
+def test_a_seed_below_zero_is_a_usage_error(capsys):
+    parser = cli.standard_parser("doc")
+    assert status_of(lambda: parser.parse_args(["--seed", "-1"])) == 2
+    assert "argument --seed: must be at least 0, not -1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (cli.positive_int, "0"), (cli.non_negative_int, "-1"), (cli.positive_float, "0"), (cli.positive_float, "nan"),
+        (cli.non_negative_float, "-0.1"), (cli.non_negative_float, "nan"), (cli.non_negative_float, "inf"),
+    ],
+)  # fmt: skip
 def test_numbers_out_of_range(kind, text):
     with pytest.raises(argparse.ArgumentTypeError):
         kind(text)

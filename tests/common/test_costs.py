@@ -35,6 +35,7 @@ def test_short_steps_count_as_much_as_long_ones():
 def test_no_cost_is_below_zero():
     found = Costs.fit([Step(1, 0, 0.9), Step(2, 0, 0.5), Step(3, 0, 0.1)])
     assert found.sequence_s == 0 and 0.1 < found.base_s < 0.9
+    assert found.base_s == pytest.approx((1 / 0.9 + 1 / 0.5 + 1 / 0.1) / (0.9**-2 + 0.5**-2 + 0.1**-2))  # anew, alone
     with pytest.raises(ValueError, match="cannot be found from 2 steps"):
         Costs.fit([Step(1, 0, 1.0)] * 2)
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from common import engine
@@ -10,6 +12,10 @@ A100 = Machine("cuda", "NVIDIA A100-SXM4-80GB", 1, 80 << 30, 16, (8, 0), True, F
 CPU = Machine("cpu", "a CPU", 1, 16 << 30, 2, None, True, False)
 MODEL = Model("path", "deepseek-coder-33b", SHAPES["deepseek-coder-33b"])
 TINY = Model("path", "tiny-llama", SHAPES["tiny-llama"], dummy=True)
+NARROW = Model("path", "narrow", SHAPES["tiny-llama"] | {"intermediate_size": 258})
+SIX_KV_HEADS = Model("path", "six", SHAPES["tiny-llama"] | {"num_attention_heads": 12, "num_key_value_heads": 6})
+SMALL = Machine("cuda", "NVIDIA A100-SXM4-40GB", 1, 40 << 30, 16, (8, 0), True, False)
+TWO_SMALLER = Machine("cuda", "NVIDIA GeForce RTX 3090", 2, 24 << 30, 16, (8, 6), True, False)
 
 
 def test_eight_gpus_get_the_chapters_settings():
@@ -36,18 +42,29 @@ def test_cpu_is_eager_and_small():
     assert args["load_format"] == "dummy" and args["max_model_len"] == 2048
 
 
+def test_without_bf16_units_the_engine_computes_in_what_there_is():
+    model = Model("", "tiny", SHAPES["tiny-llama"])
+    assert "dtype" not in engine.engine_args(model, CPU)
+    assert engine.engine_args(model, replace(CPU, native_bf16=False))["dtype"] == "float32"
+    assert engine.engine_args(model, replace(SMALL, native_bf16=False))["dtype"] == "float16"
+    with pytest.raises(CannotRun, match="GiB of weights"):  # 8B of them, 4 bytes each
+        engine.engine_args(Model("", "llama-3-8b", SHAPES["llama-3-8b"]), replace(CPU, native_bf16=False))
+
+
 @pytest.mark.parametrize(
     ("model", "machine", "settings", "message"),
     [
-        (MODEL, A100, {}, "does not fit: 62 GiB|does not fit"),
-        (MODEL, CPU, {}, "does not fit: 62 GiB of weights on each of 1, this machine has 14 GiB"),
+        (MODEL, SMALL, {}, "62 GiB of weights, a GPU has 36 GiB to use; take a smaller --model or more GPUs$"),
+        (MODEL, TWO_SMALLER, {}, "31 GiB of weights on each of 2 GPUs, a GPU has 22 GiB to use"),
+        (MODEL, CPU, {}, "62 GiB of weights, this machine has 14 GiB to use; take a smaller --model$"),
+        (MODEL, CPU, {"tensor_parallel": 2}, "62 GiB of weights, this machine has 14 GiB to use"),
         (MODEL, A100, {"tensor_parallel": 2}, "this machine has 1"),
-        (MODEL, H100, {"tensor_parallel": 3}, "cannot be sharded over 3 ranks"),
+        (MODEL, H100, {"tensor_parallel": 3}, "cannot be sharded: 56 attention heads do not divide over 3 ranks"),
+        (NARROW, H100, {"tensor_parallel": 4}, "cannot be sharded: an MLP 258 wide does not divide over 4 ranks"),
+        (SIX_KV_HEADS, H100, {"tensor_parallel": 4}, "cannot be sharded: 6 KV heads neither divide over 4 ranks nor"),
     ],
 )
 def test_what_cannot_work_is_refused_before_it_starts(model, machine, settings, message):
-    if machine is A100 and not settings:
-        machine = Machine("cuda", "NVIDIA A100-SXM4-40GB", 1, 40 << 30, 16, (8, 0), True, False)
     with pytest.raises(CannotRun, match=message):
         engine.engine_args(model, machine, **settings)
 

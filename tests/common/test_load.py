@@ -12,6 +12,8 @@ def test_figures_by_hand():
     assert row["tpot_p50_ms"] == pytest.approx(1250)  # (5-2)/2 and (6-4)/2
     assert row["itl_p99_ms"] == pytest.approx(1985)  # of 1, 2, 0.5, 1.5
     assert row["e2e_p99_ms"] == pytest.approx(5000)
+    timed = {f"{name}_{p}_ms" for name in ("ttft", "tpot", "itl", "e2e") for p in ("p50", "p99")}
+    assert row.keys() == {"concurrency", "tokens_per_s", "tokens_per_s_gpu"} | timed
 
 
 def test_a_single_token_has_no_tpot():

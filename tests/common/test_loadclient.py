@@ -4,7 +4,7 @@ import pytest
 
 from common import models
 from common.cli import CannotRun
-from common.loadclient import Load, Objective, Target, flags_for, run_load
+from common.loadclient import Load, Objective, Target, _steady, flags_for, run_load
 from common.server import ServerProcess, free_port
 from common.standin import MODEL, standin_command
 from common.traces import BUNDLED, at_rate, read_trace, shrink
@@ -30,6 +30,36 @@ def test_flags(tmp_path):
     ):  # fmt: skip
         assert part in flags
     assert "inf" in " ".join(flags_for(target, Load(10, 64, 8), None, 0, tmp_path / "t"))
+
+
+def result(*requests):
+    """As vLLM's client returns it: the start, the time to the first event, the gaps after it, the tokens."""
+    keys = ("start_times", "ttfts", "itls", "output_lens")
+    return {key: list(values) for key, values in zip(keys, zip(*requests, strict=True), strict=True)} | {
+        "output_throughput": 7.0
+    }
+
+
+def test_the_rate_of_the_middle_half_of_the_tokens():
+    steady = (0.0, 1.0, [1.0] * 7, 8)  # at 1, 2 ... 8 s; the middle half are those from 3 to 7 s
+    assert _steady(result(steady)) == pytest.approx(1.0)
+    # Two tokens in each event are twice as many a second.
+    assert _steady(result((0.0, 1.0, [1.0] * 7, 16))) == pytest.approx(2.0)
+    # Five tokens in three events, at 1, 1, 2, 2 and 3 s; the middle half: from the second to the fourth.
+    assert _steady(result((0.0, 1.0, [1.0, 1.0], 5))) == pytest.approx(2.0)
+    # An event without a token, as the last one of an answer may be.
+    assert _steady(result((0.0, 1.0, [1.0] * 8, 8))) == pytest.approx(1.0)
+
+
+def test_a_failed_request_has_no_tokens():
+    steady = (100.0, 1.0, [1.0] * 7, 8)
+    refused, broken = (0.0, 0.0, [], 0), (0.0, 1.0, [1.0, 1.0], 0)
+    assert _steady(result(steady, refused, refused, broken)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("requests", [[(0.0, 1.0, [], 4)], [(0.0, 1.0, [], 0)]])
+def test_without_a_span_the_rate_is_that_of_the_whole_run(requests):
+    assert _steady(result(*requests)) == 7.0
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
 import json
+import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -21,6 +23,26 @@ def gpus(count, gib=80, name="NVIDIA H100 80GB HBM3", fp8=True):
 )
 def test_shapes_have_the_published_sizes(shape, billions):
     assert models.parameter_count(models.SHAPES[shape]) / 1e9 == pytest.approx(billions, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("shape", "billions", "active"),
+    [
+        ("mixtral-8x7b", 46.7, 12.9),
+        ("qwen3-30b-a3b", 30.5, 3.3),
+        ("qwen3-235b-a22b", 235, 22),
+        ("olmoe-1b-7b", 6.9, 1.3),
+    ],
+)
+def test_what_a_token_uses_of_experts_is_as_published(shape, billions, active):
+    config = models.SHAPES[shape]
+    assert models.parameter_count(config) / 1e9 == pytest.approx(billions, rel=0.02)
+    assert models.parameter_count(config, active=True) / 1e9 == pytest.approx(active, rel=0.03)
+
+
+def test_a_token_uses_all_of_a_dense_model():
+    config = models.SHAPES["llama-3-8b"]
+    assert models.parameter_count(config, active=True) == models.parameter_count(config)
 
 
 def test_parameter_count_equals_the_model():
@@ -54,6 +76,16 @@ def test_tensor_parallel_size(heads, kv_heads, mlp, available, ranks):
 def test_tensor_parallel_size_always_divides(heads, available):
     ranks = models.tensor_parallel_size({"num_attention_heads": heads, "intermediate_size": 64 * heads}, available)
     assert 1 <= ranks <= available and heads % ranks == 0
+
+
+@given(st.integers(1, 24), st.integers(1, 4), st.integers(1, 64), st.integers(1, 16))
+def test_why_not_names_what_does_not_divide(kv_heads, group, mlp, ranks):
+    config = {"num_attention_heads": kv_heads * group, "num_key_value_heads": kv_heads, "intermediate_size": mlp}
+    why = models.why_not_sharded(config, ranks)
+    assert bool(why) == (models.tensor_parallel_size(config, ranks) != ranks)
+    assert "attention heads" not in why or kv_heads * group % ranks
+    assert "KV heads" not in why or (kv_heads % ranks and ranks % kv_heads)
+    assert "MLP" not in why or mlp % ranks
 
 
 @pytest.mark.parametrize(
@@ -147,6 +179,17 @@ def test_a_hub_id_without_a_hub(monkeypatch):
 def test_names_that_mean_nothing(name):
     with pytest.raises(CannotRun, match="no model"):
         models.resolve(name, CPU)
+
+
+def test_a_shape_is_never_half_written(monkeypatch, tmp_path):
+    """Who reads it while another process writes it again has the old file, whole; nothing else is left."""
+    monkeypatch.setattr(models, "CACHE", tmp_path)
+    file = Path(models.dummy("tiny-llama").path) / "config.json"
+    with open(file) as reader:
+        before = os.fstat(reader.fileno()).st_ino
+        models.dummy("tiny-llama")
+        assert file.stat().st_ino != before and json.load(reader) == models.SHAPES["tiny-llama"]
+    assert list(file.parent.iterdir()) == [file]
 
 
 def test_unknown_shape():

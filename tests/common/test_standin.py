@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from common.server import ServerProcess
-from common.standin import Engine, Running, standin_command
+from common.standin import MAX_TOKENS, PROMPTS, Engine, Running, read_body, standin_command
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,76 @@ def test_speaks_the_openai_api_and_says_what_it_is(standin):
     assert requests.post(standin.url + "/generate", json={"prompt": "a"}, timeout=5).headers["x-simulated"] == "1"
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b'{"max_tokens": 0}', b'{"max_tokens": "x"}', b"\xff"])
-def test_bad_bodies(standin, body):
-    assert requests.post(standin.url + "/v1/completions", data=body, timeout=5).status_code == 400
+NO_TOKENS = "max_tokens must be a whole number from 1 to"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"\xff", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"prompt": "a", "max_tokens": 1' + b"0" * 5000 + b"}", "not JSON"),
+        (b"[]", "no JSON object"),
+        (b"5", "no JSON object"),
+        (b'{"max_tokens": 5}', "neither messages nor a prompt"),
+        (b'{"messages": {"role": "user"}}', "messages must be"),
+        (b'{"messages": "hi"}', "messages must be"),
+        (b'{"messages": [1]}', "messages must be"),
+        (b'{"prompt": {"a": 1}}', "prompt must be"),
+        (b'{"prompt": 5}', "prompt must be"),
+        (b'{"prompt": [1, null]}', "prompt must be"),
+        (b'{"prompt": "a", "max_tokens": 0}', NO_TOKENS),
+        (b'{"prompt": "a", "max_tokens": "x"}', NO_TOKENS),
+        (b'{"prompt": "a", "max_tokens": true}', NO_TOKENS),
+        (b'{"prompt": "a", "max_tokens": 1e400}', NO_TOKENS),
+        (b'{"prompt": "a", "max_tokens": NaN}', NO_TOKENS),
+        (b'{"prompt": "a", "max_tokens": 100000000000000000000}', NO_TOKENS),
+        (b'{"prompt": "a", "max_completion_tokens": [], "max_tokens": 5}', NO_TOKENS),
+        (b'{"prompt": "a", "stream": true, "stream_options": "x"}', "stream_options must be"),
+        (b'{"prompt": "a", "stream_options": []}', "stream_options must be"),
+    ],
+)
+def test_bad_bodies(standin, body, message):
+    answer = requests.post(standin.url + "/v1/completions", data=body, timeout=5)
+    assert answer.status_code == 400 and message in answer.json()["error"]["message"]
+
+
+def test_a_body_in_an_unknown_charset(standin):
+    headers = {"content-type": "application/json; charset=nonsense"}
+    answer = requests.post(standin.url + "/generate", data=b'{"prompt": "a"}', headers=headers, timeout=5)
+    assert answer.status_code == 200  # JSON is UTF-8 whatever is said of it
+
+
+def test_bodies():
+    def read(**content):
+        asked = read_body(json.dumps(content).encode())
+        return asked.prompt_tokens, asked.tokens
+
+    assert read(prompt="a" * 40) == (10, 16) and read(prompt="") == (1, 16)
+    assert read(prompt=[5, 6, 7], max_tokens=MAX_TOKENS) == (3, MAX_TOKENS)
+    assert read(messages=[{"role": "user", "content": "hi"}], max_tokens=5, max_completion_tokens=None)[1] == 5
+    assert read(prompt="a", max_tokens=5, max_completion_tokens=6, stream_options=None) == (1, 6)
+
+
+def test_the_prompts_it_remembers_are_the_last_ones_asked_for():
+    async def run():
+        engine = Engine(step_s=0.0, sequence_s=0.0, prefill_s=0.0, slots=1)
+
+        def hit(prompt):
+            before = engine.hit
+            engine.add(Running("", 5, 1), prompt)
+            return engine.hit > before
+
+        assert not hit("first") and not hit("second")
+        assert not any(hit(f"other {i}") for i in range(PROMPTS - 2))
+        assert hit("first")  # and is the last one now
+        assert not hit("one more")
+        assert hit("first") and not hit("second")
+        assert len(engine._seen) == PROMPTS
+
+    asyncio.run(run())
 
 
 def test_the_journal_says_what_was_worked_on(standin):

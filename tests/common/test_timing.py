@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.timing import Timing, graphed, measure, measure_together, percentile
+from common.timing import graphed, measure, measure_together, median_error, percentile, relative_spread
 
 values = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50)
 
@@ -38,8 +38,9 @@ def test_measures_the_work():
     assert measure(lambda: time.sleep(0.02), warmup=0, repeats=3).median >= 0.02
 
 
-def test_spread_is_relative():
-    assert Timing((1.0, 2.0, 3.0)).spread == pytest.approx(0.5)
+def test_spread_and_error_by_hand():
+    assert relative_spread((1.0, 2.0, 3.0)) == pytest.approx(0.5)
+    assert median_error((1.0, 2.0, 3.0)) == pytest.approx(1.2533 * 0.5 / 1.349 / 3**0.5, rel=1e-3)
 
 
 def test_no_repeats():

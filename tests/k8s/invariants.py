@@ -18,6 +18,7 @@ UVICORN_S = 2  # ch16/serving/process.py
 LOADING_S = 600  # a model is loaded, or downloaded first, in more than a moment
 FROM_LWS = {"LWS_GROUP_SIZE", "LWS_WORKER_INDEX", "LWS_LEADER_ADDRESS"}
 NODE_GPUS = 8
+SOME_PORT = 40_123  # NCCL's ranks listen where the system lets them
 
 
 def check(function: Check) -> Check:
@@ -214,20 +215,29 @@ def allowed(
 
 @check
 def network(objects: Objects) -> Iterator[str]:
-    """Clients reach the gateway, the gateway the servers, Prometheus both, and nobody else the servers."""
+    """Clients reach the gateway, it the servers, Prometheus both, nobody else the servers; ranks reach each other."""
     pods = {w.labels["app.kubernetes.io/name"]: w for w in workloads(objects)}
-    gateway, server, stranger = pods["inference-gateway"], pods["inference-server"], {"app": "stranger"}
+    gateway, stranger = pods["inference-gateway"], {"app": "stranger"}
     wanted = {
-        "the gateway cannot reach the servers": allowed(
-            objects, "Egress", gateway.labels, server.labels, "inference", 8000
-        )
-        and allowed(objects, "Ingress", server.labels, gateway.labels, "inference", 8000),
         "clients cannot reach the gateway": allowed(objects, "Ingress", gateway.labels, stranger, "shop", 9000),
         "the gateway cannot look up names": allowed(objects, "Egress", gateway.labels, {}, "kube-system", 53, "UDP"),
         "the router cannot ask the API server": "--service-discovery" not in gateway.command
         or allowed(objects, "Egress", gateway.labels, {}, "default", 443),
     }
     for w in workloads(objects):
+        if is_server(w) and w.ports:  # servers answer on one port, wherever they run
+            way = allowed(objects, "Egress", gateway.labels, w.labels, "inference", w.ports["http"])
+            way = way and allowed(objects, "Ingress", w.labels, gateway.labels, "inference", w.ports["http"])
+            wanted[f"the gateway cannot reach {w.name}"] = way
+        if w.owner["kind"] == "LeaderWorkerSet":
+            wanted[f"{w.name} cannot look up its leader"] = allowed(
+                objects, "Egress", w.labels, {}, "kube-system", 53, "UDP"
+            )
+            for other in workloads(objects):  # each with each, on ports that they choose
+                if other.owner is w.owner:
+                    way = allowed(objects, "Egress", w.labels, other.labels, "inference", SOME_PORT)
+                    way = way and allowed(objects, "Ingress", other.labels, w.labels, "inference", SOME_PORT)
+                    wanted[f"{w.name} cannot reach {other.name}"] = way
         if w.ports:
             reached = allowed(objects, "Ingress", w.labels, stranger, "monitoring", w.ports["http"])
             wanted[f"Prometheus cannot reach {w.name}"] = reached

@@ -1,8 +1,8 @@
 """Are the manifests what the API server takes?
 
-Kubernetes' own kinds by the schemas in `kubernetes-validate`. For three kinds that others define, the fields used here
-and no others, with the types, values and requirements of their published definitions: ServiceMonitor (Prometheus
-operator), ScaledObject (KEDA 2.17, which brought fallback.behavior), LeaderWorkerSet (v1).
+Kubernetes' own kinds by the schemas in `kubernetes-validate`. For four kinds that others define, the fields used here
+and no others, with the types, values and requirements of their published definitions: ServiceMonitor and PrometheusRule
+(Prometheus operator), ScaledObject (KEDA 2.17, which brought fallback.behavior), LeaderWorkerSet (v1).
 """
 
 from collections.abc import Mapping
@@ -44,6 +44,23 @@ SPECS = {
             "type": "array",
             "items": closed(port=TEXT, path=TEXT, interval={"type": "string", "pattern": r"^(\d+(ms|[smhd]))+$"}),
         },
+    ),
+    ("monitoring.coreos.com/v1", "PrometheusRule"): closed(
+        groups={
+            "type": "array",
+            "items": closed(
+                ("name",),
+                name=TEXT,
+                rules={
+                    "type": "array",
+                    "items": closed(
+                        ("expr",),
+                        record=TEXT, alert=TEXT, expr=TEXT, labels=strings(), annotations=strings(),
+                        **{"for": {"type": "string", "pattern": r"^(\d+(ms|[smhdwy]))+$"}},
+                    ),
+                },
+            ),
+        }
     ),
     ("keda.sh/v1alpha1", "ScaledObject"): closed(
         ("scaleTargetRef", "triggers"),

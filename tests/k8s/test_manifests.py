@@ -4,6 +4,7 @@ that is broken on purpose is found out by the check that is there for it."""
 import base64
 import copy
 import re
+import shutil
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ import yaml
 from tests.k8s import invariants
 from tests.k8s.invariants import CHECKS, rollout_ends
 from tests.k8s.manifests import COMPONENTS, K8S, KUBECTL, MULTI_NODE, OVERLAYS, build, name, of, secrets_of_the_readme
+from tests.k8s.prometheus_rule import FILE, SOURCES, prometheus_rule
 from tests.k8s.schemas import SPECS, validate
 
 needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="kubectl is not installed (make install brings it)")
@@ -18,8 +20,13 @@ needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="kubectl is not insta
 BUILDS = {
     **{overlay: (f"overlays/{overlay}",) for overlay in OVERLAYS},
     **{f"single-gpu with {part}": ("overlays/single-gpu", part) for part in COMPONENTS},
+    **{f"{overlay} with keda": (f"overlays/{overlay}", "keda") for overlay in ("eight-gpu", "cpu")},
     "vllm-router with all": ("overlays/vllm-router", *COMPONENTS),
 }
+
+
+OWN = "overlays/mine"  # of the README, which is not in the repository
+README = (K8S / "README.md").read_text()
 
 
 @pytest.fixture(params=[*BUILDS, MULTI_NODE])
@@ -141,6 +148,11 @@ BROKEN = {
         change("NetworkPolicy/inference-gateway", "spec/egress/1/ports/0/port", 8001),
         change("NetworkPolicy/inference-gateway", "spec/ingress/0/ports/0/port", 80),
         change("NetworkPolicy/inference-large", "spec/podSelector/matchLabels", {"app": "large"}),
+        drop("NetworkPolicy/inference-gateway-to-large"),
+        change("NetworkPolicy/inference-gateway-to-large", "spec/egress/0/ports/0/port", 8001),
+        change("NetworkPolicy/inference-large", "spec/ingress/0", None),
+        change("NetworkPolicy/inference-large", "spec/egress/0", None),
+        change("NetworkPolicy/inference-large", "spec/egress/1/ports/0/port", 54),
     ],
     "restricted": [
         change(SERVER, f"{POD}/securityContext/runAsNonRoot", None),
@@ -243,7 +255,7 @@ def test_a_typing_error_in_a_field_is_refused():
         with pytest.raises(Exception, match="repilcas"):
             validate(broken)
     kinds = {(item["apiVersion"], item["kind"]) for item in everything() + build("overlays/single-gpu", "keda")}
-    assert SPECS.keys() <= kinds, "each of the three was looked at"
+    assert SPECS.keys() <= kinds, "each of the four was looked at"
 
 
 def test_rollouts():
@@ -273,15 +285,40 @@ def test_the_hpa_is_the_chapters():
 
 
 @needs_kubectl
-def test_keda_does_what_the_hpa_did():
-    objects = build("overlays/single-gpu", "keda")
-    (hpa,), (scaled,) = of(build("overlays/single-gpu"), "HorizontalPodAutoscaler"), of(objects, "ScaledObject")
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_keda_does_what_the_hpa_did(overlay):
+    objects, before = build(f"overlays/{overlay}", "keda"), build(f"overlays/{overlay}")
+    (hpa,), (scaled,) = of(before, "HorizontalPodAutoscaler"), of(objects, "ScaledObject")
     assert not of(objects, "HorizontalPodAutoscaler")
-    own = scaled["spec"]["advanced"]["horizontalPodAutoscalerConfig"]
-    assert (own["name"], own["behavior"]) == (hpa["metadata"]["name"], hpa["spec"]["behavior"])
-    (trigger,), (metric,) = scaled["spec"]["triggers"], hpa["spec"]["metrics"]
+    was, spec = hpa["spec"], scaled["spec"]
+    own = spec["advanced"]["horizontalPodAutoscalerConfig"]
+    assert (own["name"], own["behavior"]) == (hpa["metadata"]["name"], was["behavior"])
+    (trigger,), (metric,) = spec["triggers"], was["metrics"]
     assert trigger["metadata"]["threshold"] == metric["pods"]["target"]["averageValue"]
-    assert scaled["spec"]["maxReplicaCount"] == hpa["spec"]["maxReplicas"]
+    assert (spec["minReplicaCount"], spec["maxReplicaCount"]) == (was["minReplicas"], was["maxReplicas"])
+    assert spec["fallback"]["replicas"] == was["minReplicas"]
+
+
+# ---- the operator's Prometheus knows what ours does ----
+
+
+def test_the_operators_rules_are_those_of_monitoring():
+    assert FILE.read_text() == prometheus_rule(), "run: python3 -m tests.k8s.prometheus_rule"
+    groups = [yaml.safe_load((K8S / "monitoring" / name).read_text())["groups"] for name in SOURCES]
+    assert yaml.safe_load(prometheus_rule())["spec"]["groups"] == [group for of_file in groups for group in of_file]
+
+
+@needs_kubectl
+def test_rules_name_jobs_as_the_monitors_do():
+    """The operator takes a job's name from a label of its Service."""
+    objects = build("overlays/single-gpu", "prometheus-operator")
+    jobs = {
+        service["metadata"]["labels"][monitor["spec"]["jobLabel"]]
+        for monitor in of(objects, "ServiceMonitor") for service in of(objects, "Service")
+        if monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    }  # fmt: skip
+    (rule,) = of(objects, "PrometheusRule")
+    assert set(re.findall(r'job="([^"]+)"', str(rule))) == jobs == {"inference-server", "inference-gateway"}
 
 
 # ---- secrets and text ----
@@ -300,8 +337,34 @@ def test_no_key_is_in_the_repository():
 
 @needs_kubectl
 def test_what_the_readme_says_to_apply_builds():
-    text = (K8S / "README.md").read_text()
-    folders = set(re.findall(r"kubectl apply -k k8s/(\S+)", text))
-    assert folders == {*(f"overlays/{overlay}" for overlay in OVERLAYS), MULTI_NODE, "monitoring"}
-    assert all(build(folder) for folder in folders)
-    assert set(re.findall(r"  - \.\./\.\./components/([\w-]+)", text)) == set(COMPONENTS)
+    folders = set(re.findall(r"kubectl apply -k k8s/(\S+)", README))
+    assert folders == {*(f"overlays/{overlay}" for overlay in OVERLAYS), MULTI_NODE, "monitoring", OWN}
+    assert all(build(folder) for folder in folders - {OWN})
+
+
+@needs_kubectl
+@pytest.mark.parametrize("component", [*COMPONENTS, "all"])
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_overlay_of_ones_own_builds(overlay, component, tmp_path):
+    """As the README has it, but for its choice of an overlay and of components; it gives what the other tests build."""
+    (text,) = re.findall(rf"^```yaml\n(# k8s/{OWN}/kustomization\.yaml\n.*?)^```", README, re.MULTILINE | re.DOTALL)
+    content = yaml.safe_load(text)
+    named = [path.removeprefix("../../components/") for path in content["components"]]
+    assert content["resources"] == ["../single-gpu"] and set(named) == set(COMPONENTS)
+    chosen = named if component == "all" else [component]
+    content |= {"resources": [f"../{overlay}"], "components": [f"../../components/{name}" for name in chosen]}
+    shutil.copytree(K8S, tmp_path / "k8s")
+    own = tmp_path / "k8s" / OWN
+    own.mkdir()
+    (own / "kustomization.yaml").write_text(yaml.safe_dump(content))
+    assert build(str(own)) == build(f"overlays/{overlay}", *chosen)
+
+
+@needs_kubectl
+def test_why_components_are_not_for_the_overlay_itself(tmp_path):
+    """What the README warns of. If kustomize changes its order, the warning can go."""
+    shutil.copytree(K8S, tmp_path / "k8s")
+    file = tmp_path / "k8s" / "overlays" / "single-gpu" / "kustomization.yaml"
+    file.write_text(file.read_text() + "components:\n  - ../../components/keda\n")
+    with pytest.raises(AssertionError, match="no matches for Id HorizontalPodAutoscaler"):
+        build(str(file.parent))

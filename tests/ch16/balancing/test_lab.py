@@ -56,6 +56,16 @@ def test_the_claim_fails_if_anything_is_lost_or_twice():
         assert claim(rows, []).verdict == "fails"
 
 
+def test_the_claim_says_which_replicas_came_back():
+    good, lost = answer([1, 2, 3]), answer([], complete=False)
+    rows = outcome_rows({"one server": [lost], "plain round robin": [lost, lost], "gateway": [good]})
+    some = claim(rows, [{"back_s": 0.24}, {"back_s": None}, {"back_s": 1.16}]).measured
+    assert some.endswith("; returned replicas in use after 1.2 s at most; 1 of 3 replicas not used again")
+    none = claim(rows, [{"back_s": None}]).measured
+    assert none.endswith("were told; 1 of 1 replicas not used again") and "inf" not in none
+    assert claim(rows, [{"back_s": 0.5}]).measured.endswith("after 0.5 s at most")
+
+
 def test_a_server_that_was_never_used_again():
     (fault,) = fault_rows([answer([1, 2, 3])], [Fault("SIGKILL", "b:2", 0.0, 0.2)])
     assert fault["back_s"] is None

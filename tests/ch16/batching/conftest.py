@@ -1,5 +1,6 @@
 """An engine that decodes by counting, where only the order of things is tested."""
 
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
@@ -8,18 +9,22 @@ from ch16.batching import drive
 
 
 class CountingLLM:
-    """Stands in for `vllm.LLM`: a step reads prompts and writes a token each, within a budget, first come first."""
+    """Stands in for `vllm.LLM`: a step reads prompts and writes a token each, within a budget, first come first.
 
-    def __init__(self, budget):
+    With `ahead` as with asynchronous scheduling: what comes back is of the step before.
+    """
+
+    def __init__(self, budget, ahead=False):
         self.scheduler = SimpleNamespace(max_num_scheduled_tokens=budget)
         self.engine_core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=self.scheduler))
         self.llm_engine = self
         self.vllm_config = SimpleNamespace(
-            scheduler_config=SimpleNamespace(max_num_batched_tokens=budget),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=budget, async_scheduling=ahead),
             cache_config=SimpleNamespace(block_size=16, num_gpu_blocks=1000),
         )
         self.requests = {}  # name: [prompt tokens to read, tokens to write]
         self.running = []  # requests in each step
+        self.under_way = deque([[]] if ahead else [])
 
     def add_request(self, name, prompt, sampling):
         assert name not in self.requests
@@ -39,11 +44,12 @@ class CountingLLM:
             outputs.append(SimpleNamespace(request_id=name, outputs=[SimpleNamespace(token_ids=[0])], finished=done))
             if done:
                 del self.requests[name]
-        return outputs
+        self.under_way.append(outputs)
+        return self.under_way.popleft()
 
 
 @pytest.fixture
 def counting_llm(monkeypatch):
     """Makes one with a budget of tokens a step."""
     monkeypatch.setattr(drive, "exactly", lambda tokens_out: SimpleNamespace(max_tokens=tokens_out))
-    return lambda budget=10**9: CountingLLM(budget)
+    return lambda budget=10**9, ahead=False: CountingLLM(budget, ahead)

@@ -96,6 +96,8 @@ def test_step_seconds_leave_out_steps_that_read_a_prompt():
         steps=[(10.0, 2), (12.0, 2), (13.0, 1), (50.0, 2), (53.0, 2), (57.0, 2), (58.5, 1)],
     )
     assert step_seconds(course) == {1: pytest.approx(1.25), 2: 3.0}
+    course.ahead = 1  # "c" came when the fourth step was under way already: the fifth read it
+    assert step_seconds(course) == {1: pytest.approx(1.25), 2: pytest.approx((37 + 4) / 2)}
 
 
 def test_gain_and_fit_rows():

@@ -31,13 +31,16 @@ GPUS = Machine("cuda", "a GPU", 2, 2**30, 16, (9, 0), True, True)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(streams=st.integers(1, 5), every=st.integers(1, 9), prompts=st.integers(1, 4), budget=st.integers(10, 200))
+@given(
+    streams=st.integers(1, 5), every=st.integers(1, 9), prompts=st.integers(1, 4), budget=st.integers(10, 200),
+    ahead=st.booleans(),
+)  # fmt: skip
 def test_prompts_come_by_counting_and_take_as_many_steps_as_the_budget_says(
-    counting_llm, streams, every, prompts, budget
+    counting_llm, streams, every, prompts, budget, ahead
 ):
     traffic = Traffic(streams, every * (prompts + 1), 60, every, (), 1)
     assert traffic.prompts == prompts
-    llm = counting_llm()
+    llm = counting_llm(ahead=ahead)
     requests, long = traffic_requests(traffic, vocab_size=100, seed=0)
     with token_budget(llm, budget):
         found = run(llm, requests, long, every)
@@ -46,7 +49,7 @@ def test_prompts_come_by_counting_and_take_as_many_steps_as_the_budget_says(
     assert found.tokens == streams * traffic.tokens + prompts * 61
     assert len(found.ttft_s) == prompts and all(seconds > 0 for seconds in found.ttft_s)
     chunk = budget - streams
-    if math.ceil(60 / chunk) <= every:  # none has to wait for another
+    if math.ceil(60 / chunk) + ahead <= every:  # none has to wait for another
         assert found.steps == [math.ceil(60 / chunk)] * prompts
 
 

@@ -76,7 +76,7 @@ def test_a_knee_at_the_end_of_what_was_measured_may_be_beyond():
 )  # fmt: skip
 def test_at_the_crossover_computing_takes_as_long_as_the_memory(shape, fp8, tokens, context):
     config = SHAPES[shape]
-    batch, why = crossover(H100, config, fp8, tokens, context)
+    batch, why = crossover(H100, config, fp8, kv_bytes_per_token(config, 1 if fp8 else 2), tokens, context)
     assert "591" in why or "295" in why or "never" in why
     itemsize, flops_per_s = (1, H100.fp8_flops) if fp8 else (2, H100.bf16_flops)
     hidden, mlp, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
@@ -98,7 +98,8 @@ def test_at_the_crossover_computing_takes_as_long_as_the_memory(shape, fp8, toke
 
 def test_what_is_not_known_is_not_guessed():
     llama = SHAPES["llama-3-8b"]
-    for found in (crossover(Peak(), llama, False, 1, 64), crossover(H100, SHAPES["mixtral-8x7b"], False, 1, 64)):
+    mixtral = SHAPES["mixtral-8x7b"]
+    for found in (crossover(Peak(), llama, False, 2**17, 1, 64), crossover(H100, mixtral, False, 2**17, 1, 64)):
         assert found[0] is None and found[1].startswith("unknown")
     row = knee_row("decode", rows_of(64, 1), (math.inf, "never"))
     assert row["crossover"] is None and row["knee"] == "64" and row["chapter"] == "32 to 128"

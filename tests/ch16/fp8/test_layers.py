@@ -97,6 +97,27 @@ def test_delayed_scaling_needs_calibration():
     assert errors[2] < 0.06 < 0.2 < errors[0]
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_weight_without_a_value_or_without_a_place_is_an_error(recipe):
+    """An FP8 layer would else keep the zeros it was made with; scales may be missing."""
+
+    def mlp():
+        return bf16(None).library.LayerNormMLP(32, 64)
+
+    plain = mlp()
+    with RECIPES[recipe].weights():
+        small = mlp()
+    load_quantized(small, plain, RECIPES[recipe])
+    del plain.fc2.input_amax
+    load_quantized(small, plain, RECIPES[recipe])
+    plain.fc1.extra = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(CannotRun, match=rf"^FP8 \({recipe}\): no place for fc1\.extra$"):
+        load_quantized(small, plain, RECIPES[recipe])
+    del plain.fc1.extra, plain.fc2.weight, plain.fc1.norm
+    with pytest.raises(CannotRun, match=r"no value for fc1\.norm\.weight, fc1\.norm\.bias, fc2\.weight$"):
+        load_quantized(small, plain, RECIPES[recipe])
+
+
 def test_calibration_is_remembered_as_the_maximum_and_only_inside_the_context():
     plain, _ = pair("delayed", 16, 16, 0)
     calibrate(plain, RECIPES["delayed"], [torch.full((1, 16), 3.0).bfloat16(), torch.full((1, 16), -2.0).bfloat16()])

@@ -85,7 +85,7 @@ def test_events_of_every_kind():
             {"type": "SomethingNew"},
         )
     )
-    assert events == [Stored((1, 2), 16), Removed((b"x",)), Cleared()]
+    assert events == [Stored((1, 2)), Removed((b"x",)), Cleared()]
 
 
 @given(st.binary(max_size=40))

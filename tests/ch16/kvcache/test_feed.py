@@ -13,7 +13,7 @@ from common.cli import CannotRun
 
 EVENTS = st.lists(
     st.one_of(
-        st.lists(st.integers(0, 5), min_size=1, max_size=3).map(lambda names: Stored(tuple(names), 16)),
+        st.lists(st.integers(0, 5), min_size=1, max_size=3).map(lambda names: Stored(tuple(names))),
         st.integers(0, 5).map(lambda name: Removed((name,))),
         st.just(Cleared()),
     ),
@@ -123,7 +123,7 @@ class OneStored:
     lost = 0
 
     def __init__(self):
-        self.waiting = [Stored((1,), 4)]
+        self.waiting = [Stored((1,))]
 
     def poll(self, timeout_s=0.0):
         found, self.waiting = self.waiting, []

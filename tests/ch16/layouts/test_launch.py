@@ -14,7 +14,6 @@ from ch16.layouts.launch import (
     Command,
     Service,
     cache_tokens,
-    device_names,
     replica_commands,
     running,
     words_tokenizer,
@@ -56,13 +55,6 @@ def test_replicas_share_devices_and_requests(gpus, at_once):
         assert at_once <= sum(seats) < at_once + layout.replicas
         graphs = "--max-cudagraph-capture-size" in commands[0].words
         assert graphs == (seats[0] > launch.GRAPHS_UP_TO)  # no batch without CUDA graphs
-
-
-def test_devices_of_a_part_of_the_host(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 5,GPU-abc,7")
-    assert device_names(machine(3)) == ["4", "5", "GPU-abc"]  # the last one is not there
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert device_names(machine(3)) == ["0", "1", "2"]
 
 
 def test_what_the_host_says_of_multicast_reaches_a_replica(monkeypatch, tmp_path):

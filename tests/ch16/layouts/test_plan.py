@@ -93,6 +93,11 @@ def test_problems_in_words(layout, memory, text):
     assert found.startswith(text) and bool(found) == bool(text)
 
 
+def test_what_does_not_divide_is_named():
+    narrow = TINY | {"intermediate_size": 255}
+    assert problem(narrow, Layout(1, 2), H100, False, 16) == "an MLP 255 wide does not divide over 2 ranks"
+
+
 def test_a_model_of_unknown_size_is_not_refused():
     config = LARGE | {"model_type": "something-new"}
     assert room_for(config, Layout(8, 1), H100, fp8=True) is None and problem(config, Layout(8, 1), H100, True, 1) == ""

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -6,14 +8,16 @@ from ch16.moe.planner import Link, Workload
 from ch16.moe.presets import Preset
 from common.gpu import detect
 
+MACHINE = replace(detect("cpu"), native_bf16=True)
+
 SMALL = Preset("small", 64, 32, 8, 2, layers=3, heads=4, kv_heads=2, head_dim=16, vocab=100)
 WORK = Workload(sequences=4, tokens_in=8, tokens_out=5, chunk=64)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_plans_row_is_made_of_its_parts(ranks):
-    capacity = Capacity(SMALL, "cpu", Link(1e9, "test"), repeats=2, seed=0)
-    row = capacity.plan_row(WORK, detect("cpu"), ranks)
+    capacity = Capacity(SMALL, MACHINE, Link(1e9, "test"), repeats=2, seed=0)
+    row = capacity.plan_row(WORK, MACHINE, ranks)
     assert row["gpus"] == ranks and row["fits"] == "yes"
     assert row["decode_step_ms"] == pytest.approx(3 * (row["layer_ms"] + row["exchange_ms"]) + row["head_ms"])
     rows = 4 / ranks * 2  # of one rank: sequences x experts per token
@@ -22,7 +26,7 @@ def test_a_plans_row_is_made_of_its_parts(ranks):
 
 
 def test_other_ranks_are_computed_with_a_share_of_the_experts(monkeypatch):
-    capacity, seen = Capacity(SMALL, "cpu", Link(1e9, "test"), repeats=1, seed=0), []
+    capacity, seen = Capacity(SMALL, MACHINE, Link(1e9, "test"), repeats=1, seed=0), []
     ours = capacity.path
     capacity.path = lambda x, experts, routing: (
         seen.append((len(x), experts.sizes.experts)),

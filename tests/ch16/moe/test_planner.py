@@ -2,7 +2,17 @@
 
 import pytest
 
-from ch16.moe.planner import Link, Parts, Workload, fits, gpus_needed, link_between_gpus, memory_per_rank, predict
+from ch16.moe.planner import (
+    Link,
+    Parts,
+    Workload,
+    fits,
+    gpus_needed,
+    gpus_text,
+    link_between_gpus,
+    memory_per_rank,
+    predict,
+)
 from ch16.moe.presets import PRESETS, Preset
 from common.cli import CannotRun
 from common.gpu import Machine, Peak, detect
@@ -77,6 +87,8 @@ def test_gpus_needed():
         {"gpus": 4, "fits": "yes", "tokens_per_s": 2500.0},
     ]
     assert gpus_needed(rows, 800) == 2 and gpus_needed(rows, 1501) == 4 and gpus_needed(rows, 3000) is None
+    assert [gpus_text(1, 8), gpus_text(4, 8)] == ["1 GPU", "4 GPUs"]
+    assert [gpus_text(None, 1), gpus_text(None, 8)] == ["more than 1 GPU", "more than 8 GPUs"]
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -33,7 +34,7 @@ def test_a_dense_model_is_none():
 
 
 def test_memory_that_is_not_there(monkeypatch):
-    machine = detect("cpu")
+    machine = replace(detect("cpu"), native_bf16=True)
     monkeypatch.setattr(gpu.psutil, "virtual_memory", lambda: SimpleNamespace(available=30 << 30))
     with pytest.raises(CannotRun, match=r"deepseek-v3 needs 42\.0 GiB for its weights .* and 30\.0 GiB are free"):
         require_memory(PRESETS["deepseek-v3"], 64, machine, copies=2)
@@ -43,6 +44,8 @@ def test_memory_that_is_not_there(monkeypatch):
         require_memory(PRESETS["deepseek-v3"], 64, machine, contenders=1000)
     with pytest.raises(CannotRun):
         require_memory(PRESETS["deepseek-v3"], 64, machine, more=9 * 2**30)
+    with pytest.raises(CannotRun, match=r"needs 42\.0 GiB for its weights"):  # in FP32
+        require_memory(PRESETS["deepseek-v3"], 64, replace(machine, native_bf16=False))
 
 
 def test_those_that_fit(monkeypatch):

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    Ernie4_5_MoeConfig,
+    Ernie4_5_MoeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from ch16.moe import trained
 from ch16.moe.trained import balance_rows, trained_routing
@@ -43,6 +50,24 @@ def test_a_dense_model_has_no_routers():
     dense = LlamaForCausalLM(LlamaConfig(**TINY, num_hidden_layers=1)).eval()
     with pytest.raises(CannotRun, match="router"):
         trained_routing(dense, torch.zeros(1, 4, dtype=torch.int64), 2)
+
+
+def test_a_router_that_chooses_by_more_than_its_logits_is_refused():
+    """Ernie adds a bias to each expert's probability before it chooses; without values it changes nothing."""
+    sizes = {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 16, "moe_layer_start_index": 0}
+    torch.manual_seed(0)
+    network = Ernie4_5_MoeForCausalLM(Ernie4_5_MoeConfig(**TINY, **sizes, num_hidden_layers=2)).eval()
+    ids, chosen = torch.randint(0, 64, (1, 10)), []
+    network.model.layers[0].mlp.gate.register_forward_hook(lambda *of: chosen.append(of[2][2].sort().values))
+    assert torch.equal(trained_routing(network, ids, 2)[0].experts.sort().values, chosen[0])
+    bias = network.model.layers[0].mlp.gate.moe_statics.e_score_correction_bias
+    bias.data[..., 3] = 10.0  # all choose expert 3, whatever the logits say
+    with pytest.raises(CannotRun, match=r"choose by a bias for each expert \(model\.layers\.0\..*not by their logits"):
+        trained_routing(network, ids, 2)
+    bias.data.zero_()
+    network.config.n_group = 2
+    with pytest.raises(CannotRun, match="groups of experts"):
+        trained_routing(network, ids, 2)
 
 
 def test_a_short_text(monkeypatch):

@@ -79,14 +79,27 @@ def test_verdicts(flops, gaps, expected):
     assert limits.ridge == 10 and verdict(Work(flops, 1), limits, gaps) == expected
 
 
-def test_limits_are_the_data_sheet_or_measured(monkeypatch):
+def test_limits_are_the_data_sheet_or_measured():
     machine = detect("cpu")
     assert limits_of(machine).source.startswith("measured now")
-    monkeypatch.setattr(work, "measure", lambda *args, **kwargs: Timing((0.5, 0.25)))
-    measured = limits_of(machine)
-    assert (measured.flops_per_s, measured.bytes_per_s) == (2 * 2048**3 / 0.25, 2**28 / 0.25)
     known = dataclasses.replace(machine, peak=Peak(bf16_flops=2e12, bytes_per_s=1e11))
     assert limits_of(known) == Limits(2e12, 1e11, "data sheet")
+
+
+@pytest.mark.parametrize(
+    ("device", "native", "size", "name"),
+    [("cuda", True, 8192, "BF16"), ("cpu", True, 2048, "BF16"), ("cpu", False, 2048, "FP32")],
+)
+def test_the_measured_product_fills_the_device_and_is_not_emulated(device, native, size, name, monkeypatch):
+    """By stand-ins: a GPU would do 2,048 by 2,048 in the time of its launch."""
+    asked, types = [], set()
+    monkeypatch.setattr(work.torch, "randn", lambda *shape, dtype, **_: (asked.append(shape), types.add(dtype)))
+    monkeypatch.setattr(work.torch, "ones", lambda count, **_: torch.empty(count, device="meta"))
+    monkeypatch.setattr(work, "measure", lambda *args, **kwargs: Timing((0.5, 0.25)))
+    measured = limits_of(dataclasses.replace(detect("cpu"), device=device, native_bf16=native))
+    assert asked == [(size, size)] * 2 and f"{size} by {size} in {name}" in measured.source
+    assert types == {torch.bfloat16 if native else torch.float32}
+    assert (measured.flops_per_s, measured.bytes_per_s) == (2 * size**3 / 0.25, 2**28 / 0.25)
 
 
 @pytest.mark.parametrize(

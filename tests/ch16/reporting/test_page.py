@@ -136,6 +136,8 @@ def test_a_card_for_each_machine():
     assert "2 x A GPU" in text and "8 GiB each" in text and "compute capability 9.0" in text
     assert "up to 989 TFLOP/s" in text and "native" in text and "emulated" in text and "up to 3.35 TB/s" in text
     assert "python 3.11.7 and 3.12.3" in text
+    assert "FP32" not in text
+    assert "models are computed in FP32" in html([outcome("load_test", machine=CPU | {"native_bf16": False})])
 
 
 def test_times():

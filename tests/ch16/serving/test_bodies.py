@@ -18,6 +18,7 @@ def test_valid_bodies_come_back_unchanged(content):
     "body",
     [
         b"", b"{", b"[]", b"1", b'{"a": NaN}', b'{"a": -Infinity}', b'{"a": 9223372036854775808}', b"[" * 100_000,
+        b'{"a": 1e400}', b'{"a": [-1e400]}', b'{"a": 1' + b"0" * 400 + b".0}",
         b'{"a": -9223372036854775809}', b'{"a": ' + b"9" * 5000 + b"}", b'{"a": "\\ud800"}', b'{"a": "\xff"}',
     ],
 )  # fmt: skip
@@ -25,6 +26,10 @@ def test_bodies_no_engine_can_hold(body):
     with pytest.raises(Refused) as refusal:
         bodies.parse_body(body)
     assert refusal.value.status == 400 and "\n" not in str(refusal.value)
+
+
+def test_fractions_come_back_unchanged():
+    assert bodies.parse_body(b'{"a": [0.1, -1e308, 1e-400]}') == {"a": [0.1, -1e308, 0.0]}
 
 
 def test_surrogate_pairs_are_text():

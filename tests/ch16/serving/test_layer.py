@@ -132,6 +132,7 @@ def test_ok_and_generate(layer, engine):
         ({"body": b"x" * 1001}, 413), ({"chunks": [b"x" * 600, b"x" * 600]}, 413), ({"content_length": "99999"}, 413),
         ({"body": b'{"prompt": "a", "max_tokens": 101}'}, 400), ({"body": b'{"prompt": "a", "n": 4}'}, 400),
         ({"body": b'{"prompt": "' + b"x" * 501 + b'"}'}, 400),
+        ({"body": b'{"prompt": "a", "temperature": 1e400}'}, 400),
         ({"path": "/generate", "body": b'{"max_tokens": 1}'}, 400),
     ],
 )  # fmt: skip

@@ -1,0 +1,44 @@
+"""The chapter's targets for a server, claims S1 to S4: what they ask for, and of which models.
+
+The 33B model of the claims is dense. Of a mixture of experts the parameters that a token uses are counted, not all:
+they decide how much there is to compute for a token. 30B parameters of which a token uses 3B say nothing about 33B.
+"""
+
+from collections.abc import Mapping
+
+from common.models import Model, parameter_count
+from common.results import Verdict, judge, not_applicable
+
+GPUS = 8
+PARAMETERS = 30e9  # at least so many
+TOKENS_PER_S = 15_000  # S1: output tokens, on all GPUs together
+TPOT_P50_MS, TPOT_P99_MS = 50.0, 100.0  # S2, S3: under
+UTILIZATION = (85.0, 95.0)  # S4: percent
+
+
+def judged(row: Mapping[str, float | None]) -> list[Verdict]:
+    """S2, S3 and S4.
+
+    Args:
+        row: `tpot_p50_ms`, `tpot_p99_ms`, and `utilization` in percent, None where it was not sampled.
+    """
+    p50, p99, busy = row["tpot_p50_ms"], row["tpot_p99_ms"], row["utilization"]
+    low, high = UTILIZATION
+    latencies = [
+        judge("S2", p50 < TPOT_P50_MS, f"{p50:.1f} ms"),
+        judge("S3", p99 < TPOT_P99_MS, f"{p99:.1f} ms"),
+    ]
+    if busy is None:
+        return [*latencies, not_applicable("S4", "no GPU was sampled")]
+    return [*latencies, judge("S4", low <= busy <= high, f"{busy:.0f}%")]
+
+
+def another_model(model: Model) -> str:
+    """Why the claims are not about this model, which is too small or of unknown size; empty if they are."""
+    active, total = parameter_count(model.config, active=True), parameter_count(model.config)
+    if active is not None and active >= PARAMETERS:
+        return ""
+    reason = f"the claim is about a 33B model; this is {model.name}"
+    if active is None:
+        return f"{reason}, of unknown size"
+    return reason if active == total else f"{reason}, of which a token uses {active / 1e9:.0f}B parameters"

@@ -21,7 +21,7 @@ from ch16.layouts.launch import (
 from ch16.layouts.plan import Layout, possible_layouts, room_for
 from common import models
 from common.cli import CannotRun
-from common.gpu import Machine
+from common.gpu import Machine, detect
 from common.models import SHAPES, Model
 from common.server import ServerProcess
 from common.standin import standin_command
@@ -101,7 +101,8 @@ def test_replicas_and_gateway_come_and_go(tmp_path):
 @pytest.mark.slow
 def test_two_ranks_of_the_real_engine(tmp_path):
     """Tensor parallelism behind the gateway, as on GPUs; processes and KV cache are what the plan says."""
-    layout, model, cpu = Layout(1, 2), models.dummy("tiny-llama"), replace(machine(2), device="cpu", native_fp8=False)
+    layout, model = Layout(1, 2), models.dummy("tiny-llama")
+    cpu = replace(machine(2), device="cpu", native_fp8=False, native_bf16=detect("cpu").native_bf16)
     with running(replica_commands(layout, Service(model, cpu, [], at_once=4)), tmp_path) as (gateway, replicas):
         body = {"model": "tiny-llama", "prompt": "t1 t22 t333", "max_tokens": 5, "ignore_eos": True}
         answer = requests.post(f"{gateway.url}/v1/completions", json=body, timeout=120).json()

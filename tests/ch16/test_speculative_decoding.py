@@ -193,8 +193,9 @@ def test_the_script(quick_run):
     assert done.status == 0, done.err[-3000:]
     tables = {name: table["rows"] for name, table in done.json["tables"].items()}
     exact = [row for row in tables["loop"] if row["precision"] == "FP32"]
-    assert [row["how"] for row in exact] == ["plain decoding", "n-gram"]
-    assert all(row["same"] == "1 of 1" and row["gap"] is None for row in exact), "token for token"
+    assert {"plain decoding", "n-gram"} <= {row["how"] for row in exact}  # and the others, without units for BF16
+    greedy = [row for row in exact if "same" in row]
+    assert all(row["same"] == "1 of 1" and row["gap"] is None for row in greedy), "token for token"
     copied = [row for row in tables["loop"] if row["text"] == "copying" and row["how"] == "n-gram"]
     assert all(row["tokens_per_pass"] > 1.2 for row in copied)
 

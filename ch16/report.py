@@ -3,6 +3,7 @@
 It runs every script of the chapter in its --quick form, one after the other, and writes a page with the machine, a
 verdict on each claim, every picture and table, and how long each took. The page is one file: it needs no network, and
 fits a projector, a phone and paper. A script that fails is named on it with its error.
+On a CPU all start from one process that has imported vLLM once: to import it takes longer than many scripts measure.
 
 With --results it runs nothing and reads the JSON files of a folder, and the pictures beside them: runs of full size, of
 a GPU for example, saved by --json FOLDER/SCRIPT.json --plot FOLDER/SCRIPT.png.
@@ -21,9 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
 
+from ch16.reporting.forked import import_engine
 from ch16.reporting.gather import CHAPTER, ROOT, read, run_all
 from ch16.reporting.page import html
 from common import cli
+from common.gpu import detect
 
 SCRIPTS = [ROOT / "ch16" / f"{name}.py" for name in CHAPTER]
 WORK = ROOT / ".cache" / "report"
@@ -42,7 +45,10 @@ def main() -> int:
     if args.results:
         outcomes, source = read(args.results), f"the runs in {args.results}"
     else:
-        outcomes, source = list(run_all(SCRIPTS, WORK)), "every script in its --quick form"
+        machine = detect()
+        if on_cpu := machine.device == "cpu":
+            import_engine(machine)
+        outcomes, source = list(run_all(SCRIPTS, WORK, fork=on_cpu)), "every script in its --quick form"
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     Path(args.output).write_text(html(outcomes, source))
     print(f"written: {args.output}")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ch16.reporting.forked import Forked
 from common.cli import CannotRun
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,30 +75,31 @@ def read_one(file: Path) -> Outcome:
     )
 
 
-def run_all(scripts: list[Path], folder: Path) -> Iterator[Outcome]:
+def run_all(scripts: list[Path], folder: Path, fork: bool = False) -> Iterator[Outcome]:
     """Run scripts one after the other in their --quick form, with progress on stderr.
 
     Args:
         scripts: their files.
         folder: where JSON, pictures and what they print go.
+        fork: start them from this process and what it has imported, not as programs of their own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, script in enumerate(scripts, 1):
         print(f"{number:2}/{len(scripts)}  {script.name} ... ", end="", file=sys.stderr, flush=True)
-        outcome = run_one(script, folder)
+        outcome = run_one(script, folder, fork)
         ended = f"failed: {outcome.error}" if outcome.error else f"{outcome.seconds:.0f} s"
         print(ended, file=sys.stderr, flush=True)
         yield outcome
 
 
-def run_one(script: Path, folder: Path) -> Outcome:
+def run_one(script: Path, folder: Path, fork: bool) -> Outcome:
     """Run a script in its --quick form. What an earlier run has left in the folder is gone, whatever happens."""
     results, picture, log = (folder / f"{script.stem}{suffix}" for suffix in (".json", ".png", ".log"))
     for file in (results, picture):
         file.unlink(missing_ok=True)
-    command = [sys.executable, str(script), "--quick", "--json", str(results), "--plot", str(picture)]
+    words = [str(script), "--quick", "--json", str(results), "--plot", str(picture)]
     started = time.perf_counter()
-    with open(log, "w") as output, subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT) as process:
+    with Forked(words, log, ROOT) if fork else program(words, log) as process:
         try:
             error = "" if process.wait(LIMIT_S) == 0 else last_words(log)
         except subprocess.TimeoutExpired:
@@ -112,7 +114,13 @@ def run_one(script: Path, folder: Path) -> Outcome:
     return Outcome(script.stem, script.stem, None, None, seconds, error)
 
 
-def stop(process: subprocess.Popen) -> None:
+def program(words: list[str], log: Path) -> subprocess.Popen:
+    """A script in an interpreter of its own; what it prints goes to a file."""
+    with open(log, "w") as output:
+        return subprocess.Popen([sys.executable, *words], stdout=output, stderr=output, cwd=ROOT)
+
+
+def stop(process: subprocess.Popen | Forked) -> None:
     """Interrupt a script, so that it ends what it has started; kill it when it does not."""
     process.send_signal(signal.SIGINT)
     try:

@@ -342,7 +342,7 @@ def measure_capacity(
     require_memory(preset, workload.chunk, machine, copies=WEIGHT_COPIES, contenders=2, more=more)
     capacity = Capacity(preset, machine, link, sizes.repeats, args.seed)
     counts = [n for n in (1, 2, 4, 8) if preset.experts % n == 0 and (n == 1 or link.bytes_per_s)]
-    rows = [capacity.plan_row(workload, machine, n) for n in tqdm(counts, desc="plan", leave=False, disable=None)]
+    rows = [capacity.plan_row(workload, n) for n in tqdm(counts, desc="plan", leave=False, disable=None)]
     title = (
         f"Plan for {preset.name} in {DTYPE_NAMES[machine.dtype]}, {workload.sequences} sequences at once, "
         f"{workload.tokens_in} tokens in and {workload.tokens_out} out; from one layer, experts by {capacity.path_name}"

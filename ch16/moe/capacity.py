@@ -55,7 +55,7 @@ class Capacity:
     """
 
     def __init__(self, preset: Preset, machine: Machine, link: Link, repeats: int, seed: int) -> None:
-        self.preset, self.link, self.repeats, self.seed = preset, link, repeats, seed
+        self.preset, self.machine, self.link, self.repeats, self.seed = preset, machine, link, repeats, seed
         self.device, self.dtype = machine.device, torch_dtype(machine)
         self.experts = Experts.random(preset.sizes, self.device, self.dtype)
         path, _ = vllm_path(self.experts)
@@ -107,11 +107,11 @@ class Capacity:
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=self.device, dtype=self.dtype)
 
-    def plan_row(self, workload: Workload, machine: Machine, ranks: int) -> dict:
+    def plan_row(self, workload: Workload, ranks: int) -> dict:
         """One row of PLAN_COLUMNS."""
-        memory = memory_per_rank(self.preset, workload, ranks, machine.itemsize)
+        memory = memory_per_rank(self.preset, workload, ranks, self.machine.itemsize)
         prefill, decode = (self.parts(workload, ranks, phase) for phase in ("prefill", "decode"))
-        enough = fits(memory, machine.memory_bytes)
+        enough = fits(memory, self.machine.memory_bytes)
         predicted = predict(self.preset, workload, prefill, decode, ranks)
         return {
             "gpus": ranks,

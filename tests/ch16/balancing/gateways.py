@@ -9,6 +9,7 @@ import time
 import requests
 
 from common.server import ServerProcess
+from common.standin import standin_command
 from tests.servers import ROOT
 
 SCRIPT = str(ROOT / "ch16" / "load_balancer.py")
@@ -22,6 +23,16 @@ def gateway_for(folder, *servers, flags=(), env=None):
     with ServerProcess(command, folder, env) as gateway:
         yield gateway
         assert "Traceback" not in gateway.log.read_text()
+
+
+@contextlib.contextmanager
+def two_standins(folder, *flags):
+    servers = [ServerProcess(standin_command(*flags), folder).start() for _ in range(2)]
+    for server in servers:
+        server.wait_ready()
+    yield servers
+    for server in servers:
+        server.stop()
 
 
 def post(gateway, path="/v1/completions", body=None, **kwargs):

@@ -10,21 +10,14 @@ import requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.server import ServerProcess
-from common.standin import standin_command
-from tests.ch16.balancing.gateways import BODY, gateway_for, metric, post, raw, request_bytes, wait_for
+from tests.ch16.balancing.gateways import BODY, gateway_for, metric, post, raw, request_bytes, two_standins, wait_for
 from tests.upstream import END, STREAM_HEAD, Upstream, chunk, event, reply, says
 
 
 @pytest.fixture(scope="module")
 def standins(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("standins")
-    servers = [ServerProcess(standin_command("--step-ms", "2"), folder).start() for _ in range(2)]
-    for server in servers:
-        server.wait_ready()
-    yield servers
-    for server in servers:
-        server.stop()
+    with two_standins(tmp_path_factory.mktemp("standins"), "--step-ms", "2") as servers:
+        yield servers
 
 
 @pytest.fixture(scope="module")

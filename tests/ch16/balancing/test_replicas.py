@@ -7,19 +7,13 @@ import threading
 import pytest
 import requests
 
-from common.server import ServerProcess
-from common.standin import standin_command
-from tests.ch16.balancing.gateways import BODY, gateway_for, metric, post, raw, request_bytes, wait_for
+from tests.ch16.balancing.gateways import BODY, gateway_for, metric, post, raw, request_bytes, two_standins, wait_for
 
 
 @pytest.fixture
 def replicas(tmp_path):
-    servers = [ServerProcess(standin_command("--step-ms", "20"), tmp_path).start() for _ in range(2)]
-    for server in servers:
-        server.wait_ready()
-    yield servers
-    for server in servers:
-        server.stop()
+    with two_standins(tmp_path, "--step-ms", "20") as servers:
+        yield servers
 
 
 def streams(gateway, count, tokens):

@@ -17,7 +17,7 @@ WORK = Workload(sequences=4, tokens_in=8, tokens_out=5, chunk=64)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_plans_row_is_made_of_its_parts(ranks):
     capacity = Capacity(SMALL, MACHINE, Link(1e9, "test"), repeats=2, seed=0)
-    row = capacity.plan_row(WORK, MACHINE, ranks)
+    row = capacity.plan_row(WORK, ranks)
     assert row["gpus"] == ranks and row["fits"] == "yes"
     assert row["decode_step_ms"] == pytest.approx(3 * (row["layer_ms"] + row["exchange_ms"]) + row["head_ms"])
     rows = 4 / ranks * 2  # of one rank: sequences x experts per token

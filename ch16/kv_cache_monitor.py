@@ -61,7 +61,9 @@ def sizes_for(machine: Machine, quick: bool) -> Sizes:
     if machine.device == "cuda":
         # Short waves in turn: what slows a host down for seconds slows both engines.
         return Sizes(2048, 16, 64, 2048, 1024, 128, sharing=8, rounds=3 if quick else 25, seconds=0 if quick else 100)
-    return Sizes(80, 32, 8, 2048, 1024, 32, sharing=1, rounds=3 if quick else 7, seconds=0 if quick else 60)
+    if quick:
+        return Sizes(48, 32, 6, 1280, 768, 16, sharing=1, rounds=3, seconds=0)
+    return Sizes(80, 32, 8, 2048, 1024, 32, sharing=1, rounds=7, seconds=60)
 
 
 # ---- mechanism: the chapter's monitor ----

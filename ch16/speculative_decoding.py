@@ -86,7 +86,7 @@ def least_tokens(gamma: int) -> int:
 def sizes_for(machine: Machine, quick: bool, tokens: int | None, gamma: int) -> Sizes:
     """Some seconds for each figure; the gamma that was chosen is among those tried, and answers have room for it."""
     if quick:
-        sizes = Sizes(2, 32, 1, 24, (1, 4, 8), (1, 16), 1)
+        sizes = Sizes(2, 24, 1, 24, (1, 4, 8), (1, 16), 1)
     elif machine.device == "cuda":
         sizes = Sizes(4, 128, 4, 64, (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32, 64, 128, 256), 5)
     else:
@@ -192,7 +192,7 @@ def measure_engine(
     rows, alone = [], {}
     for text, requests in texts.items():
         for one in (plain, llm):  # warm up: kernels and vLLM's n-gram search are compiled when first used
-            batched(one, requests[:1], 1, sizes.tokens)
+            batched(one, requests[:1], 1, least_tokens(gamma))
         for batch in tqdm(sizes.batches, desc=f"{how}, {text}", leave=False, disable=not sys.stderr.isatty()):
             before = read_counters(llm)
             times = sizes.rounds if batch == 1 else 1  # many requests at once are an average already

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment tha
     from vllm import LLM
 
 GPU_MEMORY_UTILIZATION = 0.90  # the chapter's: the rest is for CUDA graphs, NCCL and other processes
-CPU_KV_CACHE_GIB = 2  # vLLM would take 92% of the RAM
+CPU_KV_CACHE_GIB = 1  # vLLM would take 92% of the RAM, and fills with zeros what it takes, 2 s a GiB
 # What in vLLM uses NVLink multicast if not told otherwise, for a host whose environment has turned it off in NCCL.
 NO_MULTICAST = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_FLASHINFER_ALLREDUCE_BACKEND": "trtllm"}
 

@@ -5,6 +5,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -34,9 +35,9 @@ class PrefillEngine:
     """
 
     def __init__(self, settings: Mapping[str, object], machine: Machine) -> None:
-        context = multiprocessing.get_context("spawn")  # a forked engine can deadlock on locks of threads
+        context = multiprocessing.get_context("fork" if machine.device == "cpu" and _can_fork() else "spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, dict(settings), machine))
+        self._process = context.Process(target=_work, args=(theirs, self._pipe, dict(settings), machine))
         self._process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
 
@@ -85,14 +86,26 @@ class PrefillEngine:
         self._pipe.close()
 
 
-def _work(pipe: Connection, settings: dict[str, object], machine: Machine) -> None:
+def _can_fork() -> bool:
+    """Whether this process has imported vLLM already and has no thread but this one.
+
+    A fork need not import it again, which takes longer than the engine's start; but it has none of the other threads,
+    and whatever they held stays locked.
+    """
+    return "vllm" in sys.modules and len(list(Path("/proc/self/task").iterdir())) == 1
+
+
+def _work(pipe: Connection, theirs: Connection, settings: dict[str, object], machine: Machine) -> None:
+    theirs.close()  # so that the end of the script is the end of the pipe
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C ends the script, which then ends this process
     if machine.device == "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = device_names(machine)[1]
     else:
         cores = half_of_cores(1)
-        os.sched_setaffinity(0, cores)  # before torch counts them
-        os.environ["OMP_NUM_THREADS"] = str(len(cores))
+        os.sched_setaffinity(0, cores)
+        os.environ["OMP_NUM_THREADS"] = str(len(cores))  # for the runtimes to come
+        for runtime in _openmp():
+            runtime.omp_set_num_threads(len(cores))
     with contextlib.suppress(EOFError, BrokenPipeError):  # the script is gone
         try:
             llm, _ = start_engine(settings)

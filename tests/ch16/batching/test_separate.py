@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import pytest
 
@@ -60,6 +61,9 @@ class Pipe:
     def send(self, answer):
         self.answers.append(answer)
 
+    def close(self):
+        pass
+
 
 @pytest.fixture
 def on_gpus(monkeypatch):
@@ -73,7 +77,7 @@ def on_gpus(monkeypatch):
 def test_prompts_are_read_one_by_one_on_the_second_gpu(monkeypatch, counting_llm, on_gpus):
     llm, pipe = counting_llm(), Pipe([1, 2, 3], [4, 5])
     monkeypatch.setattr(separate, "start_engine", lambda settings: (llm, 1.0))
-    separate._work(pipe, {}, on_gpus)
+    separate._work(pipe, Pipe(), {}, on_gpus)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
     assert llm.running == [1, 1]
     assert len(pipe.answers) == 3 and pipe.answers == sorted(pipe.answers)  # ready, and two times
@@ -85,11 +89,33 @@ def test_an_engine_that_does_not_start_says_so(monkeypatch, on_gpus):
 
     pipe = Pipe()
     monkeypatch.setattr(separate, "start_engine", fails)
-    separate._work(pipe, {}, on_gpus)
+    separate._work(pipe, Pipe(), {}, on_gpus)
     engine = PrefillEngine.__new__(PrefillEngine)
     engine._pipe = Pipe(*pipe.answers)
     with pytest.raises(CannotRun, match="the prefill engine: vLLM did not start: no memory"):
         engine.wait_ready()
+
+
+def test_a_process_with_threads_is_not_forked(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setattr(separate.Path, "iterdir", lambda path: iter([1]))
+    assert separate._can_fork()
+    monkeypatch.setattr(separate.Path, "iterdir", lambda path: iter([1, 2]))
+    assert not separate._can_fork()
+    monkeypatch.setattr(separate.Path, "iterdir", lambda path: iter([1]))
+    monkeypatch.delitem(sys.modules, "vllm")
+    assert not separate._can_fork()
+
+
+def test_a_forked_process_ends_with_the_script(monkeypatch):
+    """It has a copy of the script's end of the pipe, too, and would wait for itself."""
+    monkeypatch.setattr(separate, "_can_fork", lambda: True)
+    monkeypatch.setattr(separate, "start_engine", lambda settings: (None, 0.0))
+    engine = PrefillEngine({}, CPU)
+    engine.wait_ready()
+    engine._pipe.close()
+    engine._process.join(60)
+    assert engine._process.exitcode == 0
 
 
 def test_a_process_that_ends_is_noticed():

@@ -125,7 +125,7 @@ def sizes_for(machine: Machine, quick: bool) -> Sizes:
         Load(4, 40, 8, 12, 1) if quick else Load(8, 192, 8, 16, 3),
         Sweep(to_64 if quick else (*to_64, 128), 16, 8 if quick else 16),
         Sweep((1, 2, 4, 8, 16), 32, 3) if quick else Sweep(to_64[:-1], 64, 5),
-        Traffic(8, 48, 384, 12, (256, 128, 64), 1) if quick else Traffic(8, 96, 512, 24, (128, 64, 32), 3),
+        Traffic(8, 36, 256, 9, (128, 64), 1) if quick else Traffic(8, 96, 512, 24, (128, 64, 32), 3),
         budget=2048, max_model_len=2048,
     )  # fmt: skip
 

@@ -54,6 +54,7 @@ if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment tha
 
 NO_HIT_TARGET = 0.99  # throughput with prefix caching over without, when nothing can be found
 TTFT_TARGET = 0.3  # time to first token with a shared prefix, over without prefix caching
+FEWEST_ROUNDS, CLEARLY = 5, 0.1  # of fewer the error itself is a guess: they tell no percent, but a tenth
 
 
 def sizes_for(machine: Machine, quick: bool) -> Sizes:
@@ -286,8 +287,10 @@ def claims(rows: Sequence[dict], no_hits: dict, shared: Sequence[dict], fits: Se
         f"{no_hits['ratio']:.3f}"
     )
     margin, error = abs(no_hits["ratio"] - NO_HIT_TARGET), no_hits["error_percent"] / 100
-    most = shared[-1]  # a prefix is shared by many
-    if most["ratio"] <= TTFT_TARGET and margin < 2 * error:
+    most, rounds = shared[-1], no_hits["rounds"]  # a prefix is shared by many
+    if most["ratio"] <= TTFT_TARGET and rounds < FEWEST_ROUNDS and margin < CLEARLY:
+        s5 = not_applicable("S5", f"{rounds} rounds do not decide a percent; without --quick there are more", text)
+    elif most["ratio"] <= TTFT_TARGET and margin < 2 * error:
         reason = (
             f"the ratio is known to {200 * error:.1f}% (two standard errors) and is {100 * margin:.1f}% from the "
             "target; more rounds would decide it"

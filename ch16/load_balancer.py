@@ -269,8 +269,7 @@ def replica_commands(machine: Machine, model: Model | None, seed: int) -> list[t
     command = [sys.executable, str(script), "--serve", "--seed", str(seed), "--max-num-seqs", "32"]
     command += ["--model", model.absolute_path]
     if machine.device == "cpu":  # one thread each, on few cores for many processes
-        threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-        return [([*command, "--device", "cpu"], threads) for _ in range(REPLICAS)]
+        return [([*command, "--device", "cpu"], {"OMP_NUM_THREADS": "1"}) for _ in range(REPLICAS)]
     share = 0.85 / math.ceil(REPLICAS / machine.count)
     memory = ["--tensor-parallel", "1", "--gpu-memory-utilization", f"{share:.2f}"]
     devices = device_names(machine)

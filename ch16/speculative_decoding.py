@@ -67,7 +67,7 @@ FP32_PART = 0.4  # of the memory that the model may take in FP32
 
 @dataclass(frozen=True)
 class Sizes:
-    """Tasks of each text and tokens of an answer, for vLLM and for the loop; gammas and batches to try; rounds at 1."""
+    """Tasks of each text and tokens of an answer, for vLLM and for the loop; gammas and batches to try; rounds."""
 
     tasks: int
     tokens: int
@@ -75,7 +75,8 @@ class Sizes:
     loop_tokens: int
     gammas: tuple[int, ...]
     batches: tuple[int, ...]
-    rounds: int
+    rounds: int  # of one request at a time
+    rounds_together: int  # of more: a wave of them is an average already
 
 
 def least_tokens(gamma: int) -> int:
@@ -86,11 +87,11 @@ def least_tokens(gamma: int) -> int:
 def sizes_for(machine: Machine, quick: bool, tokens: int | None, gamma: int) -> Sizes:
     """Some seconds for each figure; the gamma that was chosen is among those tried, and answers have room for it."""
     if quick:
-        sizes = Sizes(2, 24, 1, 24, (1, 4, 8), (1, 16), 1)
+        sizes = Sizes(2, 24, 1, 24, (1, 4, 8), (1, 16), 1, 1)
     elif machine.device == "cuda":
-        sizes = Sizes(4, 128, 4, 64, (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32, 64, 128, 256), 5)
+        sizes = Sizes(4, 128, 4, 64, (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32, 64, 128, 256), 5, 3)
     else:
-        sizes = Sizes(4, 64, 2, 64, (1, 2, 4, 8, 16), (1, 4, 16, 64), 2)
+        sizes = Sizes(4, 64, 2, 64, (1, 2, 4, 8, 16), (1, 4, 16, 64), 2, 1)
     if tokens:
         sizes = replace(sizes, loop_tokens=tokens, tokens=tokens)
     least = least_tokens(gamma)
@@ -191,11 +192,11 @@ def measure_engine(
     """Rows of BATCH_COLUMNS and THEORY_COLUMNS: the same requests with and without speculation, in turn."""
     rows, alone = [], {}
     for text, requests in texts.items():
-        for one in (plain, llm):  # warm up: kernels and vLLM's n-gram search are compiled when first used
+        for one in (plain, llm):  # warm up; copying tasks begin in the text they copy: their first steps verify a draft
             batched(one, requests[:1], 1, least_tokens(gamma))
         for batch in tqdm(sizes.batches, desc=f"{how}, {text}", leave=False, disable=not sys.stderr.isatty()):
             before = read_counters(llm)
-            times = sizes.rounds if batch == 1 else 1  # many requests at once are an average already
+            times = sizes.rounds if batch == 1 else sizes.rounds_together
             rounds = [[batched(one, requests, batch, sizes.tokens) for one in (plain, llm)] for _ in range(times)]
             counts = counts_between(before, read_counters(llm), sum(wave.passes for _, wave in rounds))
             both = Pair(counts, *(joined(of) for of in zip(*rounds, strict=True)))
@@ -231,6 +232,14 @@ def crossover(rows: Sequence[dict]) -> int | None:
     return slower
 
 
+def slower_where(rows: Sequence[dict]) -> str:
+    """At which batches speculation was slower."""
+    if (at := crossover(rows)) is not None:
+        return f"from {at} requests at once"
+    slower = [str(row["batch"]) for row in rows if row["speedup"] < 1]
+    return f"at {', '.join(slower)}, not beyond" if slower else f"nowhere up to {rows[-1]['batch']}"
+
+
 # ---- claims ----
 
 
@@ -238,9 +247,7 @@ def claim(rows: Sequence[dict], theory: Sequence[dict], target: float) -> Verdic
     """D1 from vLLM with n-gram drafts on copying text, one request at a time; the free text stands beside."""
     of = {text: [row for row in rows if (row["how"], row["text"]) == ("n-gram", text)] for text in TASKS}
     one = {text: next(row for row in of[text] if row["batch"] == 1) for text in TASKS}
-    where = {text: crossover(of[text]) for text in TASKS}
-    largest = max(row["batch"] for row in rows)
-    slower = {text: f"from {at} requests at once" if at else f"nowhere up to {largest}" for text, at in where.items()}
+    slower = {text: slower_where(of[text]) for text in TASKS}
     ratio = next(row.get("ratio") for row in theory if (row["how"], row["text"]) == ("vLLM, n-gram", "copying"))
     gap = one["copying"]["gap"]
     apart = "" if gap is None else f", the others part between tokens {gap:.2f} apart"

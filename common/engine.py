@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from common.cli import CannotRun, first_line
 from common.gpu import Machine, versions
-from common.models import Model, parameter_count, tensor_parallel_size, why_not_sharded
+from common.models import Model, kv_bytes_per_token, parameter_count, tensor_parallel_size, why_not_sharded
 
 if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment that prepare_environment sets
     from vllm import LLM
 
 GPU_MEMORY_UTILIZATION = 0.90  # the chapter's: the rest is for CUDA graphs, NCCL and other processes
-CPU_KV_CACHE_GIB = 1  # vLLM would take 92% of the RAM, and fills with zeros what it takes, 2 s a GiB
+CPU_KV_CACHE_BYTES = 2**30  # vLLM would take 92% of the RAM, and fills with zeros what it takes, 2 s a GiB
 # What in vLLM uses NVLink multicast if not told otherwise, for a host whose environment has turned it off in NCCL.
 NO_MULTICAST = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_FLASHINFER_ALLREDUCE_BACKEND": "trtllm"}
 
@@ -43,7 +43,6 @@ def prepare_environment(machine: Machine, ranks: int = 1) -> None:
     if os.environ.get("NCCL_NVLS_ENABLE") == "0":
         variables |= NO_MULTICAST
     if machine.device == "cpu":
-        variables["VLLM_CPU_KVCACHE_SPACE"] = str(CPU_KV_CACHE_GIB)
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # vLLM's binding wants a core for each rank and one more
         if ranks == 1:
             # No worker process: vllm.LLM runs all in this one, a server's engine computes in its own. That starts
@@ -124,7 +123,9 @@ def engine_args(
     }
     if on_gpu:
         args["gpu_memory_utilization"] = GPU_MEMORY_UTILIZATION
-    elif ranks == 1 and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
+    else:  # VLLM_CPU_KVCACHE_SPACE, where a user has set it, goes before
+        args["kv_cache_memory_bytes"] = _cpu_cache_bytes(model, machine, args["max_model_len"])
+    if not on_gpu and ranks == 1 and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
         args["distributed_executor_backend"] = "uni"
     if not machine.native_bf16:  # else as the checkpoint says
         args["dtype"] = machine.dtype
@@ -135,6 +136,16 @@ def engine_args(
     if model.dummy:
         args |= {"load_format": "dummy", "skip_tokenizer_init": True}
     return args
+
+
+def _cpu_cache_bytes(model: Model, machine: Machine, longest: int) -> int:
+    """KV cache of a rank; more than the default where a sequence of `longest` tokens would not have room in that."""
+    try:
+        each = kv_bytes_per_token(model.config, machine.itemsize)
+    except KeyError:  # a config of another family
+        return CPU_KV_CACHE_BYTES
+    spare = 2 * 128  # a block of vLLM-CPU that is not filled, and one that it keeps for itself
+    return max(CPU_KV_CACHE_BYTES, (longest + spare) * each)
 
 
 def _check_memory(model: Model, machine: Machine, ranks: int, bytes_per_weight: int) -> None:

@@ -168,14 +168,14 @@ def measure_interference(
 ) -> dict[Way, list[Run]]:
     """The same streams and prompts in every way, turn by turn: `traffic.rounds` runs of each."""
     runs: dict[Way, list[Run]] = {way: [] for way in ways(traffic, machine, elsewhere is not None)}
-    warm_up = replace(traffic, tokens=8, every=4)  # one prompt
+    warm_up = replace(traffic, tokens=8, every=4)  # one prompt: kernels and the other engine run once
     for round_ in tqdm(range(-1, traffic.rounds), desc="interference", leave=False, disable=None):
-        now = warm_up if round_ < 0 else traffic
-        streams, long = traffic_requests(now, vocab_size, seed)
+        load = warm_up if round_ < 0 else traffic
+        streams, long = traffic_requests(load, vocab_size, seed)
         for way, done in runs.items():
             cores = on_half_the_cores(machine) if way.half else contextlib.nullcontext()
             with token_budget(llm, way.budget), cores:
-                run_ = run(llm, streams, long if way.prompts else [], now.every, elsewhere if way.separate else None)
+                run_ = run(llm, streams, long if way.prompts else [], load.every, elsewhere if way.separate else None)
             if round_ >= 0:
                 done.append(run_)
     return runs

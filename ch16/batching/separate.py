@@ -35,7 +35,7 @@ class PrefillEngine:
     """
 
     def __init__(self, settings: Mapping[str, object], machine: Machine) -> None:
-        context = multiprocessing.get_context("fork" if machine.device == "cpu" and _can_fork() else "spawn")
+        context = multiprocessing.get_context("fork" if machine.device == "cpu" and _should_fork() else "spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_work, args=(theirs, self._pipe, dict(settings), machine))
         self._process.start()
@@ -86,24 +86,24 @@ class PrefillEngine:
         self._pipe.close()
 
 
-def _can_fork() -> bool:
-    """Whether this process has imported vLLM already and has no thread but this one.
+def _should_fork() -> bool:
+    """Whether a fork pays and is safe.
 
-    A fork need not import it again, which takes longer than the engine's start; but it has none of the other threads,
-    and whatever they held stays locked.
+    It pays where vLLM is imported: to import it again takes longer than the engine's start. It is safe where there is
+    no other thread: a fork has none of them, and whatever they held stays locked.
     """
     return "vllm" in sys.modules and len(list(Path("/proc/self/task").iterdir())) == 1
 
 
-def _work(pipe: Connection, theirs: Connection, settings: dict[str, object], machine: Machine) -> None:
-    theirs.close()  # so that the end of the script is the end of the pipe
+def _work(pipe: Connection, end_of_script: Connection, settings: dict[str, object], machine: Machine) -> None:
+    end_of_script.close()  # a copy: with it this process would wait for itself when the script is gone
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C ends the script, which then ends this process
     if machine.device == "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = device_names(machine)[1]
     else:
         cores = half_of_cores(1)
         os.sched_setaffinity(0, cores)
-        os.environ["OMP_NUM_THREADS"] = str(len(cores))  # for the runtimes to come
+        os.environ["OMP_NUM_THREADS"] = str(len(cores))  # for runtimes to come; a fork has some that counted all cores
         for runtime in _openmp():
             runtime.omp_set_num_threads(len(cores))
     with contextlib.suppress(EOFError, BrokenPipeError):  # the script is gone

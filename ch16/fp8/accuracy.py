@@ -260,8 +260,12 @@ def measure_accuracy(
             rows.append(read(precision, label, trial, middle, True))
             if rows[-1]["perplexity"] < best[0]["perplexity"]:
                 best = (rows[-1], precision, middle)
-    if best and (len(trial) < len(scored) or rows[-1] is not best[0]):
+    if best:
         row, precision, layers = best
-        rows.append(row if len(trial) == len(scored) else read(precision, row["recipe"], scored, layers, True))
+        if len(trial) == len(scored):  # it has read everything already
+            rows.remove(row)
+        else:
+            row = read(precision, row["recipe"], scored, layers, True)
+        rows.append(row)
     whole = {"tokens": len(reference.loss), "perplexity": reference.perplexity(), "weight_ratio": 1.0}
     return [{"recipe": "BF16", **whole, "top1_percent": reference.top1_percent()}, *rows]

@@ -26,7 +26,7 @@ class Sizes:
     requests: int  # at once
     max_len: int  # tokens of the longest sequence
     prefix: int  # tokens that prompts have in common
-    answer: int  # tokens out where throughput is compared: long enough for a wave to take a second
+    answer: int  # tokens out where throughput is compared: long enough, without --quick, for a wave to take a second
     sharing: int  # requests that ask with the common prefix at once, without it in the cache, too
     rounds: int
     seconds: float  # for which a comparison of throughput goes on if it is not precise after its rounds

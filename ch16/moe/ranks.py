@@ -8,7 +8,7 @@ import torch.distributed as dist
 from ch16.moe.experts import TOLERANCE, Experts, Routing, grouped
 from ch16.moe.parallel import ExpertParallel, measure_parallel
 from ch16.moe.presets import Preset, require_memory
-from ch16.moe.routing import PATTERNS, expert_load, make_routing, rank_load, require_divisible
+from ch16.moe.routing import PATTERNS, expert_load, make_routing, rank_load, require_divisible, rows_exchanged
 from common.cli import CannotRun
 from common.device import torch_dtype
 from common.distributed import Ranks
@@ -25,7 +25,7 @@ RANK_COLUMNS = (
     Column("imbalance_ms", "imbalance ms", ".3f"),
     Column("exchange_ms", "exchange ms", ".3f"),
     Column("rest_ms", "rest ms", ".3f"),
-    Column("gb_per_s", "exchange GB/s a rank", ".2f"),
+    Column("gb_per_s", "exchange GB/s, busiest rank", ".2f"),
     Column("tokens_per_s", "tokens/s", ",.0f"),
     Column("rank_cost_percent", "time over balanced %", "+.1f"),
     Column("rank_spread_percent", "spread of layer ms %", ".0f"),
@@ -64,10 +64,11 @@ def measure_ranks(
     here, rows = preset.experts // world, []
     layer = ExpertParallel(experts.part(ranks.rank * here, here), ranks)
     for tokens in tokens_list:
-        cases, loads, errors = {}, {}, {}
+        cases, loads, exchanged, errors = {}, {}, {}, {}
         for pattern in PATTERNS:
             routing = make_routing(pattern, tokens * world, preset.experts, preset.top_k, seed)
             loads[pattern] = expert_load(routing, preset.experts)
+            exchanged[pattern] = rows_exchanged(routing, world, here)
             mine = slice(ranks.rank * tokens, (ranks.rank + 1) * tokens)
             own = Routing(routing.experts[mine].to(ranks.device), routing.weights[mine].to(ranks.device))
             x = torch.randn(tokens, preset.hidden, device=ranks.device, dtype=experts.w_in.dtype)
@@ -76,9 +77,9 @@ def measure_ranks(
                 raise CannotRun(f"{world} ranks disagree with one process by {100 * errors[pattern]:.1f}%")
             cases[pattern] = x, own
         seconds = measure_parallel(layer, cases, 4 * repeats)  # processes get out of step at random
-        for pattern, (x, own) in cases.items():
+        for pattern, (x, _) in cases.items():
             by_rank, took = rank_load(loads[pattern], world), seconds[pattern]
-            leaving = int((own.experts // here != ranks.rank).sum()) * preset.hidden * x.element_size()
+            busiest = exchanged[pattern] * preset.hidden * x.element_size()
             rows.append(
                 {
                     "pattern": pattern,
@@ -87,7 +88,7 @@ def measure_ranks(
                     "rank_max_mean": float(by_rank.max() / by_rank.mean()),
                     **{f"{name}_ms": 1e3 * value for name, value in took.items() if name != "spread"},
                     "rank_spread_percent": 100 * took["spread"],
-                    "gb_per_s": 2 * leaving / took["exchange"] / 1e9 if leaving else None,
+                    "gb_per_s": 2 * busiest / took["exchange"] / 1e9 if busiest else None,  # there and back
                     "tokens_per_s": tokens * world / took["step"],
                     "rank_cost_percent": 100 * (took["step"] / seconds[PATTERNS[0]]["step"] - 1),
                     "error": errors[pattern],

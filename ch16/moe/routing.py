@@ -96,6 +96,20 @@ def rank_load(load: Sequence[int] | np.ndarray, ranks: int) -> np.ndarray:
     return load.reshape(ranks, -1).sum(axis=1)
 
 
+def rows_exchanged(routing: Routing, ranks: int, here: int) -> int:
+    """The most rows that a rank sends to others, or gets from them, when tokens and experts are spread in order.
+
+    Args:
+        routing: of the tokens of all ranks, [T, k].
+        here: experts of a rank.
+    """
+    homes = routing.experts.cpu() // here
+    owners = (torch.arange(len(homes)) * ranks // len(homes))[:, None].expand_as(homes)
+    away = homes != owners
+    counts = [torch.bincount(side[away], minlength=ranks).max() for side in (owners, homes)]
+    return int(max(counts))
+
+
 def require_divisible(experts: int, ranks: int) -> None:
     """Raise CannotRun unless each rank gets the same number of experts."""
     if experts % ranks:

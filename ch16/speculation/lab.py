@@ -16,6 +16,7 @@ from common.results import Column
 from common.timing import measure, measure_together
 
 LAYERS_PART, LAYERS_GAMMA = 5 / 6, 2  # of the target as its own draft: fewer layers guess next to nothing
+TIMING = {"cuda": {"warmup": 3, "repeats": 10}, "cpu": {"warmup": 1, "repeats": 5}}  # of passes and drafts
 
 LOOP_COLUMNS = (
     Column("text", "text"),
@@ -103,13 +104,15 @@ def pass_seconds(network: nn.Module, prompt: Sequence[int], gammas: Sequence[int
         model.rollback(len(prompt) - 1)
 
     works = {f"{gamma}": lambda gamma=gamma: one_pass(gamma) for gamma in (0, *gammas)}
-    return {int(gamma): timing.median for gamma, timing in measure_together(works).items()}
+    timings = measure_together(works, **TIMING[network.device.type])
+    return {int(gamma): timing.median for gamma, timing in timings.items()}
 
 
 def draft_seconds(way: Way, prompt: Sequence[int], device: torch.device) -> float:
     """Median seconds of a drafted token after `prompt`."""
     draft, rng = way.draft(), torch.Generator(device)
-    return measure(lambda: draft.propose(prompt, way.gamma, 0.0, rng)).median / way.gamma
+    proposal = measure(lambda: draft.propose(prompt, way.gamma, 0.0, rng), **TIMING[device.type])
+    return proposal.median / way.gamma
 
 
 def gamma_rows(measured: Mapping[int, float], counts: Counts, verify_costs: Mapping[int, float]) -> list[dict]:

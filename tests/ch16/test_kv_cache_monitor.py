@@ -175,8 +175,8 @@ CHECKED = [{"evictions": 5, "preemptions": 2, "checked": 10, "steps": 12, "hits_
 FITS = [{"fit": 1}, {"fit": 39}]
 
 
-def comparison(ratio, error=0.2):
-    return {"ratio": ratio, "error_percent": error, "requests": 8}
+def comparison(ratio, error=0.2, rounds=7):
+    return {"ratio": ratio, "error_percent": error, "rounds": rounds, "requests": 8}
 
 
 @pytest.mark.parametrize(
@@ -187,6 +187,9 @@ def comparison(ratio, error=0.2):
         (comparison(0.98, 0.6), comparison(0.1), "n/a"),  # within two standard errors of the limit
         (comparison(0.995, 0.6), comparison(0.1), "n/a"),  # noise withholds a "holds", too
         (comparison(0.97, 0.6), comparison(0.1), "fails"),
+        (comparison(1.03, rounds=3), comparison(0.1), "n/a"),
+        (comparison(0.8, rounds=3), comparison(0.1), "fails"),
+        (comparison(1.03, rounds=3), comparison(0.5), "fails"),
         (comparison(0.98, 0.6), comparison(0.5), "fails"),
         (comparison(1.01), comparison(0.31), "fails"),
     ],

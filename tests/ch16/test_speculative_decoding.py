@@ -17,6 +17,7 @@ from ch16.speculative_decoding import (
     main,
     measure_engine,
     sizes_for,
+    slower_where,
 )  # fmt: skip
 from common import models
 from common.cli import CannotRun
@@ -34,6 +35,18 @@ from common.gpu import detect
 )
 def test_the_crossover(speedups, expected):
     assert crossover([{"batch": batch, "speedup": ratio} for batch, ratio in speedups.items()]) == expected
+
+
+@pytest.mark.parametrize(
+    ("speedups", "expected"),
+    [
+        ({1: 2.0, 8: 0.9, 64: 0.8}, "from 8 requests at once"),
+        ({1: 2.0, 8: 0.9, 64: 1.1}, "at 8, not beyond"),
+        ({1: 2.0, 8: 1.0, 64: 1.1}, "nowhere up to 64"),
+    ],
+)
+def test_where_it_is_slower_is_said(speedups, expected):
+    assert slower_where([{"batch": batch, "speedup": ratio} for batch, ratio in speedups.items()]) == expected
 
 
 def rows_of(copying, free, how="n-gram"):
@@ -98,6 +111,16 @@ def test_an_engine_that_always_drafts_has_no_pass_without(monkeypatch):
     assert theory[0]["idle_cost"] == 1 and "predicted" not in theory[0], "no pass surely verified a draft"
 
 
+def test_many_requests_at_once_have_rounds_of_their_own(monkeypatch):
+    sent = []
+    monkeypatch.setattr(speculative_decoding, "batched", lambda llm, *what: sent.append(llm) or Wave([[1]], [(1, [1])]))
+    monkeypatch.setattr(speculative_decoding, "read_counters", lambda llm: counters(0, 0))
+    sizes = sizes_for(detect("cpu"), quick=True, tokens=None, gamma=2)
+    sizes = replace(sizes, rounds=5, rounds_together=2, batches=(16,))
+    rows, theory = measure_engine("plain", "fast", "n-gram", 2, {"copying": [[7]]}, sizes)
+    assert sent == ["plain", "fast"] * (1 + 2) and rows[0]["batch"] == 16 and theory == []
+
+
 def test_two_engines_must_fit(monkeypatch):
     machine = replace(detect("cpu"), device="cuda", count=1, memory_bytes=80 * 10**9)
     large = models.dummy("deepseek-coder-33b")
@@ -114,9 +137,9 @@ def test_nothing_accepted_is_no_crash():
 
 def test_the_chosen_gamma_is_tried_and_tokens_are_taken():
     sizes = sizes_for(detect("cpu"), quick=True, tokens=None, gamma=6)
-    assert sizes.gammas == (1, 4, 6, 8) and (sizes.loop_tokens, sizes.tokens) == (24, 32)
+    assert sizes.gammas == (1, 4, 6, 8) and (sizes.loop_tokens, sizes.tokens) == (24, 24)
     longer = sizes_for(detect("cpu"), quick=True, tokens=None, gamma=25)
-    assert (longer.loop_tokens, longer.tokens) == (27, 32), "a draft of 25 fits into the answer"
+    assert (longer.loop_tokens, longer.tokens) == (27, 27), "a draft of 25 fits into the answer"
     assert sizes_for(detect("cpu"), quick=False, tokens=None, gamma=100).tokens == 102
     assert sizes_for(detect("cpu"), quick=False, tokens=77, gamma=4).loop_tokens == 77
 
@@ -180,7 +203,7 @@ def test_there_is_room_for_prompt_answer_and_draft():
     sizes = sizes_for(detect("cpu"), quick=True, tokens=None, gamma=4)
     texts = checked_texts(models.bundled(), None, sizes)
     assert {name: len(of_text) for name, of_text in texts.items()} == {"copying": 2, "free": 2}
-    assert context_needed(texts, sizes) == max(map(len, texts["copying"])) + 32 + 8
+    assert context_needed(texts, sizes) == max(map(len, texts["copying"])) + 24 + 8
 
 
 # ---- the script ----

@@ -5,7 +5,7 @@ import pytest
 from common import engine
 from common.cli import CannotRun
 from common.gpu import Machine
-from common.models import SHAPES, Model
+from common.models import SHAPES, Model, kv_bytes_per_token
 
 H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", 8, 80 << 30, 16, (9, 0), True, True)
 A100 = Machine("cuda", "NVIDIA A100-SXM4-80GB", 1, 80 << 30, 16, (8, 0), True, False)
@@ -40,6 +40,16 @@ def test_cpu_is_eager_and_small():
     args = engine.engine_args(TINY, CPU)
     assert args["enforce_eager"] is True and args["max_num_seqs"] == 32 and "gpu_memory_utilization" not in args
     assert args["load_format"] == "dummy" and args["max_model_len"] == 2048
+    assert args["kv_cache_memory_bytes"] == 2**30
+
+
+def test_the_longest_sequence_has_room_on_a_cpu():
+    model = Model("", "deepseek-coder-1.3b", SHAPES["deepseek-coder-1.3b"])
+    room = engine.engine_args(model, replace(CPU, native_bf16=False))["kv_cache_memory_bytes"]
+    assert room >= 4096 * kv_bytes_per_token(model.config, 4) > 2**30
+    assert "kv_cache_memory_bytes" not in engine.engine_args(model, A100)
+    other = Model("", "other", {"vocab_size": 8, "max_position_embeddings": 64})
+    assert engine.engine_args(other, CPU)["kv_cache_memory_bytes"] == 2**30
 
 
 def test_without_bf16_units_the_engine_computes_in_what_there_is():

@@ -96,26 +96,26 @@ def test_an_engine_that_does_not_start_says_so(monkeypatch, on_gpus):
         engine.wait_ready()
 
 
-def test_a_process_with_threads_is_not_forked(monkeypatch):
+def test_only_a_process_with_vllm_and_one_thread_is_forked(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.setattr(separate.Path, "iterdir", lambda path: iter([1]))
-    assert separate._can_fork()
+    assert separate._should_fork()
     monkeypatch.setattr(separate.Path, "iterdir", lambda path: iter([1, 2]))
-    assert not separate._can_fork()
+    assert not separate._should_fork()
     monkeypatch.setattr(separate.Path, "iterdir", lambda path: iter([1]))
     monkeypatch.delitem(sys.modules, "vllm")
-    assert not separate._can_fork()
+    assert not separate._should_fork()
 
 
 def test_a_forked_process_ends_with_the_script(monkeypatch):
     """It has a copy of the script's end of the pipe, too, and would wait for itself."""
-    monkeypatch.setattr(separate, "_can_fork", lambda: True)
+    monkeypatch.setattr(separate, "_should_fork", lambda: True)
     monkeypatch.setattr(separate, "start_engine", lambda settings: (None, 0.0))
-    engine = PrefillEngine({}, CPU)
-    engine.wait_ready()
-    engine._pipe.close()
-    engine._process.join(60)
-    assert engine._process.exitcode == 0
+    with PrefillEngine({}, CPU) as engine:
+        engine.wait_ready()
+        engine._pipe.close()
+        engine._process.join(60)
+        assert engine._process.exitcode == 0
 
 
 def test_a_process_that_ends_is_noticed():

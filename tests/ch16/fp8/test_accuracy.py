@@ -151,3 +151,11 @@ def test_rows_of_the_measurement(monkeypatch):
     assert rows[0]["weight_ratio"] == 1 and all(0.5 <= row["weight_ratio"] < 0.9 for row in rows[1:])
     assert rows[-1]["recipe"] in [row["recipe"] for row in rows[:-1]] and "weights" not in rows[-1]["recipe"]
     assert torch.equal(model(windows).logits, before)
+
+
+def test_a_trial_of_everything_is_not_repeated(monkeypatch):
+    monkeypatch.setattr(accuracy, "CALIBRATION_TOKENS", 128)
+    sizes = Sizes(window=32, batch=4, trial_tokens=10_000)
+    rows = accuracy.measure_accuracy(llama(), torch.randint(0, 300, (8 + 4, 32)), BF16, [RECIPES["row"]], sizes)
+    assert len({row["recipe"] for row in rows}) == len(rows)
+    assert rows[-1]["perplexity"] == min(row["perplexity"] for row in rows[1:])

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ch16.moe.routing import PATTERNS, expert_load, load_balance, make_routing, rank_load
+from ch16.moe.experts import Routing
+from ch16.moe.routing import PATTERNS, expert_load, load_balance, make_routing, rank_load, rows_exchanged
 from common.cli import CannotRun
 
 
@@ -31,6 +32,14 @@ def test_patterns_are_what_they_are_called():
     first_draw = expert_load(make_routing("zipf", 20_000, 16, 1), 16)
     expected = 20_000 / np.arange(1, 17) / sum(1 / r for r in range(1, 17))  # of the expert of rank r
     assert sorted(first_draw, reverse=True) == pytest.approx(expected, rel=0.1)
+
+
+def test_the_busiest_direction_of_an_exchange():
+    """Two ranks of two tokens and two experts each: three rows leave the second rank, one leaves the first."""
+    experts = torch.tensor([[0, 1], [1, 2], [0, 1], [0, 3]])
+    assert rows_exchanged(Routing(experts, torch.ones(4, 2)), ranks=2, here=2) == 3
+    alone = Routing(torch.tensor([[0, 1]]), torch.ones(1, 2))
+    assert rows_exchanged(alone, ranks=1, here=2) == 0
 
 
 def test_a_seed_decides():

@@ -235,7 +235,7 @@ def crossover(rows: Sequence[dict]) -> int | None:
 def slower_where(rows: Sequence[dict]) -> str:
     """At which batches speculation was slower."""
     if (at := crossover(rows)) is not None:
-        return f"from {at} requests at once"
+        return "at every batch" if at == rows[0]["batch"] else f"from {at} requests at once"
     slower = [str(row["batch"]) for row in rows if row["speedup"] < 1]
     return f"at {', '.join(slower)}, not beyond" if slower else f"nowhere up to {rows[-1]['batch']}"
 

@@ -25,7 +25,7 @@ serve: install ## the production server on port 8000 (ARGS="--port 9000 ...")
 report: install ## every script in --quick, then report.html: claims, pictures, tables (ARGS="--results results/h100")
 	@$(PY) ch16/report.py $(ARGS)
 
-test: install ## all tests (20 minutes on 2 cores with units for BF16, 35 without)
+test: install ## all tests (20 minutes on 2 cores with units for BF16, 31 without)
 	@$(PY) -m pytest $(ARGS)
 
 test-quick: install ## the tests that start no engine

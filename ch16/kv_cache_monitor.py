@@ -287,17 +287,19 @@ def claims(rows: Sequence[dict], no_hits: dict, shared: Sequence[dict], fits: Se
         f"{no_hits['ratio']:.3f}"
     )
     margin, error = abs(no_hits["ratio"] - NO_HIT_TARGET), no_hits["error_percent"] / 100
-    most, rounds = shared[-1], no_hits["rounds"]  # a prefix is shared by many
-    if most["ratio"] <= TTFT_TARGET and rounds < FEWEST_ROUNDS and margin < CLEARLY:
-        s5 = not_applicable("S5", f"{rounds} rounds do not decide a percent; without --quick there are more", text)
-    elif most["ratio"] <= TTFT_TARGET and margin < 2 * error:
-        reason = (
+    rounds, sooner = no_hits["rounds"], shared[-1]["ratio"] <= TTFT_TARGET  # the last: a prefix is shared by many
+    undecided = ""
+    if rounds < FEWEST_ROUNDS and margin < CLEARLY:
+        undecided = f"{rounds} rounds do not decide a percent; without --quick there are more"
+    elif margin < 2 * error:
+        undecided = (
             f"the ratio is known to {200 * error:.1f}% (two standard errors) and is {100 * margin:.1f}% from the "
             "target; more rounds would decide it"
         )
-        s5 = not_applicable("S5", reason, text)
+    if sooner and undecided:
+        s5 = not_applicable("S5", undecided, text)
     else:
-        s5 = judge("S5", most["ratio"] <= TTFT_TARGET and no_hits["ratio"] >= NO_HIT_TARGET, text)
+        s5 = judge("S5", sooner and no_hits["ratio"] >= NO_HIT_TARGET, text)
     evictions, preemptions = (sum(row[key] for row in rows) for key in ("evictions", "preemptions"))
     checked, steps = (sum(row[key] for row in rows) for key in ("checked", "steps"))
     compared = sum(row["hits_checked"] == "yes" for row in rows)

@@ -125,8 +125,8 @@ def engine_args(
         args["gpu_memory_utilization"] = GPU_MEMORY_UTILIZATION
     else:  # VLLM_CPU_KVCACHE_SPACE, where a user has set it, goes before
         args["kv_cache_memory_bytes"] = _cpu_cache_bytes(model, machine, args["max_model_len"])
-    if not on_gpu and ranks == 1 and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
-        args["distributed_executor_backend"] = "uni"
+        if ranks == 1 and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
+            args["distributed_executor_backend"] = "uni"
     if not machine.native_bf16:  # else as the checkpoint says
         args["dtype"] = machine.dtype
     if fp8:

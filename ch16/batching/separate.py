@@ -102,10 +102,8 @@ def _work(pipe: Connection, end_of_script: Connection, settings: dict[str, objec
         os.environ["CUDA_VISIBLE_DEVICES"] = device_names(machine)[1]
     else:
         cores = half_of_cores(1)
-        os.sched_setaffinity(0, cores)
         os.environ["OMP_NUM_THREADS"] = str(len(cores))  # for runtimes to come; a fork has some that counted all cores
-        for runtime in _openmp():
-            runtime.omp_set_num_threads(len(cores))
+        _compute_on(cores, _openmp())
     with contextlib.suppress(EOFError, BrokenPipeError):  # the script is gone
         try:
             llm, _ = start_engine(settings)
@@ -133,18 +131,22 @@ def on_half_the_cores(machine: Machine) -> Iterator[None]:
     if machine.device == "cuda":
         yield
         return
-    everything, half = os.sched_getaffinity(0), half_of_cores(0)
-    runtimes = _openmp()
+    everything, runtimes = os.sched_getaffinity(0), _openmp()
     threads = [runtime.omp_get_max_threads() for runtime in runtimes]
-    _move_threads(half)
-    for runtime in runtimes:
-        runtime.omp_set_num_threads(len(half))
+    _compute_on(half_of_cores(0), runtimes)
     try:
         yield
     finally:
         _move_threads(everything)
         for runtime, before in zip(runtimes, threads, strict=True):
             runtime.omp_set_num_threads(before)
+
+
+def _compute_on(cores: set[int], runtimes: Sequence[ctypes.CDLL]) -> None:
+    """All threads of this process on these cores, and one of each OpenMP runtime for each core."""
+    _move_threads(cores)
+    for runtime in runtimes:
+        runtime.omp_set_num_threads(len(cores))
 
 
 def _openmp() -> list[ctypes.CDLL]:

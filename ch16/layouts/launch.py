@@ -12,8 +12,9 @@ from pathlib import Path
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from ch16.layouts.plan import CPU_CACHE_BYTES, Layout
+from ch16.layouts.plan import Layout
 from common import models
+from common.engine import CPU_KV_CACHE_BYTES
 from common.gpu import Machine
 from common.models import Model
 from common.server import ServerProcess
@@ -55,7 +56,7 @@ def replica_commands(layout: Layout, service: Service) -> list[Command]:
     if model.dummy:
         words += ["--tokenizer", words_tokenizer(model), "--no-skip-tokenizer-init"]
     if service.machine.device == "cpu":  # a device is a core
-        env = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": str(CPU_CACHE_BYTES // 2**30)}
+        env = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": str(CPU_KV_CACHE_BYTES // 2**30)}  # as planned
         return [Command(tuple(words), env)] * layout.replicas
     if share > GRAPHS_UP_TO:
         words += ["--max-cudagraph-capture-size", str(share)]

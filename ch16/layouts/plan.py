@@ -10,14 +10,13 @@ A layout is R replicas of the model, each spread over T devices by tensor parall
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from common.engine import GPU_MEMORY_UTILIZATION
+from common.engine import CPU_KV_CACHE_BYTES, GPU_MEMORY_UTILIZATION
 from common.gpu import Machine
 from common.models import kv_bytes_per_token, parameter_count, why_not_sharded
 
 # Activations, CUDA graphs, NCCL's buffers. An estimate: about what was neither weights nor KV cache when vLLM ran the
 # 33B shape on one H100 (results/h100/inference_serving.json: there was room for 303 sequences of 1,024 tokens).
 WORKING_BYTES = 4 * 2**30
-CPU_CACHE_BYTES = 2**30  # of each rank on a CPU, whatever its weights leave
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def room_for(config: Mapping[str, object], layout: Layout, machine: Machine, fp8
     weights = ((parameters - embeddings) * size + machine.itemsize * embeddings) / layout.ranks
     shares = min(layout.ranks, config.get("num_key_value_heads") or config["num_attention_heads"])
     if machine.device == "cpu":
-        cache = CPU_CACHE_BYTES
+        cache = CPU_KV_CACHE_BYTES  # whatever the weights leave
     else:
         cache = GPU_MEMORY_UTILIZATION * machine.memory_bytes - WORKING_BYTES - weights
     tokens = layout.replicas * max(0, int(cache * shares // kv_bytes_per_token(config, size)))

@@ -64,11 +64,10 @@ def measure_ranks(
     here, rows = preset.experts // world, []
     layer = ExpertParallel(experts.part(ranks.rank * here, here), ranks)
     for tokens in tokens_list:
-        cases, loads, exchanged, errors = {}, {}, {}, {}
+        cases, routings, errors = {}, {}, {}
         for pattern in PATTERNS:
             routing = make_routing(pattern, tokens * world, preset.experts, preset.top_k, seed)
-            loads[pattern] = expert_load(routing, preset.experts)
-            exchanged[pattern] = rows_exchanged(routing, world, here)
+            routings[pattern] = routing
             mine = slice(ranks.rank * tokens, (ranks.rank + 1) * tokens)
             own = Routing(routing.experts[mine].to(ranks.device), routing.weights[mine].to(ranks.device))
             x = torch.randn(tokens, preset.hidden, device=ranks.device, dtype=experts.w_in.dtype)
@@ -78,13 +77,14 @@ def measure_ranks(
             cases[pattern] = x, own
         seconds = measure_parallel(layer, cases, 4 * repeats)  # processes get out of step at random
         for pattern, (x, _) in cases.items():
-            by_rank, took = rank_load(loads[pattern], world), seconds[pattern]
-            busiest = exchanged[pattern] * preset.hidden * x.element_size()
+            load, took = expert_load(routings[pattern], preset.experts), seconds[pattern]
+            by_rank = rank_load(load, world)
+            busiest = rows_exchanged(routings[pattern], world, here) * preset.hidden * x.element_size()
             rows.append(
                 {
                     "pattern": pattern,
                     "tokens": tokens,
-                    "max_mean": float(loads[pattern].max() / loads[pattern].mean()),
+                    "max_mean": float(load.max() / load.mean()),
                     "rank_max_mean": float(by_rank.max() / by_rank.mean()),
                     **{f"{name}_ms": 1e3 * value for name, value in took.items() if name != "spread"},
                     "rank_spread_percent": 100 * took["spread"],

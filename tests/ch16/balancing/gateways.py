@@ -27,12 +27,14 @@ def gateway_for(folder, *servers, flags=(), env=None):
 
 @contextlib.contextmanager
 def two_standins(folder, *flags):
-    servers = [ServerProcess(standin_command(*flags), folder).start() for _ in range(2)]
-    for server in servers:
-        server.wait_ready()
-    yield servers
-    for server in servers:
-        server.stop()
+    servers = [ServerProcess(standin_command(*flags), folder) for _ in range(2)]
+    with contextlib.ExitStack() as running:
+        for server in servers:
+            server.start()
+            running.callback(server.stop)
+        for server in servers:
+            server.wait_ready()
+        yield servers
 
 
 def post(gateway, path="/v1/completions", body=None, **kwargs):

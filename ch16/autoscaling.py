@@ -30,15 +30,15 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from tqdm import tqdm
 
-from ch16.autoscale.costs import read_costs
-from ch16.autoscale.emit import manifest, read_spec
-from ch16.autoscale.hpa import Spec
-from ch16.autoscale.live import check_rows, measure_costs
-from ch16.autoscale.picture import plot
-from ch16.autoscale.search import Tried, best, find_target, missed_at_price
-from ch16.autoscale.signals import Scaler, Signal, by_pods, by_pool, signals
-from ch16.autoscale.simulate import INTERVAL_S, Outcome, Pool, simulate
-from ch16.autoscale.workload import DAY_MEAN, Load, bursty, diurnal, fitted, poisson, read_recorded
+from ch16.parts.autoscaling.costs import read_costs
+from ch16.parts.autoscaling.emit import manifest, read_spec
+from ch16.parts.autoscaling.hpa import Spec
+from ch16.parts.autoscaling.live import check_rows, measure_costs
+from ch16.parts.autoscaling.picture import plot
+from ch16.parts.autoscaling.search import Tried, best, find_target, missed_at_price
+from ch16.parts.autoscaling.signals import Scaler, Signal, by_pods, by_pool, signals
+from ch16.parts.autoscaling.simulate import INTERVAL_S, Outcome, Pool, simulate
+from ch16.parts.autoscaling.workload import DAY_MEAN, Load, bursty, diurnal, fitted, poisson, read_recorded
 from common import cli, models
 from common.costs import Costs
 from common.engine import engine_args, prepare_environment, quiet, start_engine, stop_engine
@@ -202,8 +202,11 @@ def search_targets(lab: Lab, chosen: Mapping[str, Signal], sizes: Sizes) -> dict
     for name, signal in tqdm(chosen.items(), desc="targets", leave=False, disable=not sys.stderr.isatty()):
         tried = find_target(
             lambda target, signal=signal: lab.tried(requests, signal, target),
-            signal.low, signal.high, budget_h, sizes.targets,
-        )  # fmt: skip
+            signal.low,
+            signal.high,
+            budget_h,
+            sizes.targets,
+        )
         found[name] = (best(tried, budget_h).target, [one.target for one in tried])
     return found
 
@@ -268,9 +271,7 @@ def rules_rows(
         (f"{name}, the same target", there, target),
         (f"{name}, a target found with it", there, own),
     )
-    return [
-        {"rules": rules, "target": at} | fleet.run(requests, by_pods(signal, at)) for rules, fleet, at in tried
-    ]  # fmt: skip
+    return [{"rules": rules, "target": at} | fleet.run(requests, by_pods(signal, at)) for rules, fleet, at in tried]
 
 
 def price_rows(frontier: Mapping[str, Sequence[Tried]], chosen: Mapping[str, Signal], full_h: float) -> list[dict]:
@@ -289,8 +290,9 @@ def fleets(outcomes: Mapping[str, Outcome], chosen: Mapping[str, Signal]) -> dic
     """Replicas over hours [turns, 2], on active requests and on GPU utilization."""
     return {
         chosen[name].title: np.stack([INTERVAL_S / 3600 * np.arange(1, len(one.asked) + 1), one.asked], axis=1)
-        for name, one in outcomes.items() if name in ("active", "gpu")
-    }  # fmt: skip
+        for name, one in outcomes.items()
+        if name in ("active", "gpu")
+    }
 
 
 def curve(load: Load, seconds: float) -> np.ndarray:
@@ -318,8 +320,11 @@ def speed_row(lab: Lab, scaler: Scaler) -> dict:
     simulate(requests, lab.pool, SPEC, scaler)
     seconds = time.process_time() - started
     return {
-        "requests": len(requests), "hours": DAY_S / 3600, "seconds": seconds, "per_s": len(requests) / seconds,
-    }  # fmt: skip
+        "requests": len(requests),
+        "hours": DAY_S / 3600,
+        "seconds": seconds,
+        "per_s": len(requests) / seconds,
+    }
 
 
 def claim(rows: Mapping[str, Mapping], frontier: Sequence[Tried]) -> Verdict:
@@ -351,13 +356,25 @@ def main() -> int:
     fleet.add_argument("--signals", nargs="+", choices=list(signals(1)), default=list(signals(1)), help="to scale on")
     fleet.add_argument("--costs", metavar="FILE", help="the engine as measured by an earlier run with --json FILE")
     fleet.add_argument("--cold-start-s", type=float, default=120.0, metavar="S", help="until a new replica serves")
-    fleet.add_argument("--slo-ttft-ms", type=cli.positive_float, metavar="MS",
-                       help=f"objective; default: {SLACK} times that of an idle replica")  # fmt: skip
+    fleet.add_argument(
+        "--slo-ttft-ms",
+        type=cli.positive_float,
+        metavar="MS",
+        help=f"objective; default: {SLACK} times that of an idle replica",
+    )
     fleet.add_argument("--trace", metavar="FILE", help="also replay this: Azure's .csv or Mooncake's .jsonl")
-    fleet.add_argument("--max-gap-s", type=cli.positive_float, default=3600.0, metavar="S",
-                       help="without requests, beyond which a trace counts as broken")  # fmt: skip
-    fleet.add_argument("--hpa", metavar="FILE", help="a manifest whose windows and policies are also simulated; "
-                       f"default: this repository's {MANIFEST}")  # fmt: skip
+    fleet.add_argument(
+        "--max-gap-s",
+        type=cli.positive_float,
+        default=3600.0,
+        metavar="S",
+        help="without requests, beyond which a trace counts as broken",
+    )
+    fleet.add_argument(
+        "--hpa",
+        metavar="FILE",
+        help=f"a manifest whose windows and policies are also simulated; default: this repository's {MANIFEST}",
+    )
     fleet.add_argument("--emit", action="store_true", help="print the manifest alone; all else goes to stderr")
     args = parser.parse_args()
     if not 0 <= args.cold_start_s < math.inf:
@@ -454,16 +471,24 @@ def measure(args: argparse.Namespace, machine: Machine, model: Model | None) -> 
     points = [{"signal": chosen[name].title, **asdict(one)} for name, tried in frontier.items() for one in tried]
     report.keep("frontier", "Simulated, bursty: every target that was tried", points, FRONTIER_COLUMNS)
     full_h = lab.full_h(requests)
-    report.table("price", f"Simulated, bursty: SLO misses % for multiples of {full_h:.1f} replica-hours, all full",
-                 price_rows(frontier, chosen, full_h), PRICE_COLUMNS)  # fmt: skip
+    report.table(
+        "price",
+        f"Simulated, bursty: SLO misses % for multiples of {full_h:.1f} replica-hours, all full",
+        price_rows(frontier, chosen, full_h),
+        PRICE_COLUMNS,
+    )
 
     name = "active" if "active" in chosen else next(iter(chosen))
     scaler = by_pods(chosen[name], best_target[name])
     cold = cold_rows(lab, sizes.hours, scaler, by_pods(chosen["gpu"], best_target["gpu"]) if "gpu" in chosen else None)
     report.table("cold", f"Simulated, bursty: what cold starts cost, on {chosen[name].title}", cold, COLD_COLUMNS)
     if "active" in chosen:
-        report.table("value", "Simulated: Value and AverageValue, steady load for an hour",
-                     value_rows(lab, best_target["active"]), VALUE_COLUMNS)  # fmt: skip
+        report.table(
+            "value",
+            "Simulated: Value and AverageValue, steady load for an hour",
+            value_rows(lab, best_target["active"]),
+            VALUE_COLUMNS,
+        )
     report.table("speed", "The simulation itself", [speed_row(lab, scaler)], SPEED_COLUMNS)
     if deployed:
         by_rules = rules_rows(

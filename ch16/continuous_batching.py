@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from ch16.batching.admission import (
+from ch16.parts.continuous_batching.admission import (
     ADMISSION_COLUMNS,
     FIT_COLUMNS,
     GAIN_COLUMNS,
@@ -46,17 +46,17 @@ from ch16.batching.admission import (
     median_course,
     step_seconds,
 )
-from ch16.batching.drive import Course, Request, drive, random_requests
-from ch16.batching.interference import (
+from ch16.parts.continuous_batching.drive import Course, Request, drive, random_requests
+from ch16.parts.continuous_batching.interference import (
     INTERFERENCE_COLUMNS,
     Traffic,
     interference_claim,
     interference_rows,
     measure_interference,
 )
-from ch16.batching.picture import plot
-from ch16.batching.separate import PrefillEngine, cannot_separate
-from ch16.batching.sizes import (
+from ch16.parts.continuous_batching.picture import plot
+from ch16.parts.continuous_batching.separate import PrefillEngine, cannot_separate
+from ch16.parts.continuous_batching.sizes import (
     DECODE_COLUMNS,
     KNEE_COLUMNS,
     PREFILL_COLUMNS,
@@ -117,17 +117,20 @@ def sizes_for(machine: Machine, quick: bool) -> Sizes:
             Load(8, 192, 32, 64, 1) if quick else Load(16, 2048, 32, 64, 1),
             Sweep((*to_64, 128, 256), 128 if quick else 512, 32),
             Sweep(to_64[:-1], 512, 3 if quick else 9),
-            Traffic(16, 256, 1536, 32, (1024, 512, 256), 1) if quick
+            Traffic(16, 256, 1536, 32, (1024, 512, 256), 1)
+            if quick
             else Traffic(32, 512, 3584, 64, (2048, 1024, 512, 256), 3),
-            budget=16_384, max_model_len=8192,
-        )  # fmt: skip
+            budget=16_384,
+            max_model_len=8192,
+        )
     return Sizes(
         Load(4, 40, 8, 12, 1) if quick else Load(8, 192, 8, 16, 3),
         Sweep(to_64 if quick else (*to_64, 128), 16, 8 if quick else 16),
         Sweep((1, 2, 4, 8, 16), 32, 3) if quick else Sweep(to_64[:-1], 64, 5),
         Traffic(8, 36, 256, 9, (128, 64), 1) if quick else Traffic(8, 96, 512, 24, (128, 64, 32), 3),
-        budget=2048, max_model_len=2048,
-    )  # fmt: skip
+        budget=2048,
+        max_model_len=2048,
+    )
 
 
 # ---- mechanism: two ways to fill the engine's slots, asked by `drive` before each step ----

@@ -33,12 +33,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ch16.fp8 import accuracy, formats
-from ch16.fp8.emulated import fast_bf16
-from ch16.fp8.gemm import gemm_columns, measure_gemm
-from ch16.fp8.precision import Precision, bf16, padded_rows, recipes, require_multiples, transformer_engine
-from ch16.fp8.sizes import Sizes
-from ch16.fp8.stack import MEMORY_COLUMNS, STACK_COLUMNS, measure_stack
+from ch16.parts.fp8_quant import accuracy, formats
+from ch16.parts.fp8_quant.emulated import fast_bf16
+from ch16.parts.fp8_quant.gemm import gemm_columns, measure_gemm
+from ch16.parts.fp8_quant.precision import Precision, bf16, padded_rows, recipes, require_multiples, transformer_engine
+from ch16.parts.fp8_quant.sizes import Sizes
+from ch16.parts.fp8_quant.stack import MEMORY_COLUMNS, STACK_COLUMNS, measure_stack
 from common import cli, fp8, models
 from common.cli import CannotRun
 from common.gpu import Machine, detect, free_bytes
@@ -154,7 +154,7 @@ class FP8TransformerModel(nn.Module):
         return x
 
 
-# ---- measurement: formats and products here; stacks and accuracy in ch16/fp8 ----
+# ---- measurement: formats and products here; stacks and accuracy in ch16/parts/fp8_quant ----
 
 FORMAT_COLUMNS = (
     Column("format", "format"),
@@ -209,8 +209,10 @@ def claims(memory: Sequence[dict], speed: Sequence[dict], readings: Sequence[dic
     verdicts = [judge("F1", ratio <= MEMORY_TARGET, measured)]
 
     if speed:
-        best = {phase: max((r for r in speed if r["phase"] == phase), key=lambda r: r["speedup"]) for phase in
-                dict.fromkeys(r["phase"] for r in speed)}  # fmt: skip
+        best = {
+            phase: max((r for r in speed if r["phase"] == phase), key=lambda r: r["speedup"])
+            for phase in dict.fromkeys(r["phase"] for r in speed)
+        }
         text = ", ".join(f"{r['speedup']:.2f}x in {phase} ({r['recipe']})" for phase, r in best.items())
         verdicts.append(judge("F2", min(r["speedup"] for r in best.values()) >= SPEED_TARGET, text))
     else:
@@ -250,8 +252,9 @@ def plot(
         right.legend()
     else:
         rows = readings[1:]
-        right.barh([f"{r['recipe']} ({r['tokens']:,})" for r in rows],
-                   [100 * (r["perplexity_ratio"] - 1) for r in rows])  # fmt: skip
+        right.barh(
+            [f"{r['recipe']} ({r['tokens']:,})" for r in rows], [100 * (r["perplexity_ratio"] - 1) for r in rows]
+        )
         right.invert_yaxis()
         right.set(title="perplexity above BF16, % (tokens read)")
     save_plot(figure, path)

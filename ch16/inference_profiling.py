@@ -35,9 +35,9 @@ import torch
 import torch.nn as nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ch16.profiling.attribution import GAPS, KINDS, OPERATION_COLUMNS, time_by_kind, top_operations
-from ch16.profiling.engine import profile_engine, start_profiled_engine
-from ch16.profiling.modes import (
+from ch16.parts.inference_profiling.attribution import GAPS, KINDS, OPERATION_COLUMNS, time_by_kind, top_operations
+from ch16.parts.inference_profiling.engine import profile_engine, start_profiled_engine
+from ch16.parts.inference_profiling.modes import (
     COMPILED_ERROR,
     SAME_ERROR,
     Decoder,
@@ -46,8 +46,8 @@ from ch16.profiling.modes import (
     why_not_compiled,
     why_not_replayable,
 )
-from ch16.profiling.picture import plot
-from ch16.profiling.tables import (
+from ch16.parts.inference_profiling.picture import plot
+from ch16.parts.inference_profiling.tables import (
     BOUNDS_COLUMNS,
     KINDS_COLUMNS,
     Load,
@@ -57,8 +57,8 @@ from ch16.profiling.tables import (
     kinds_row,
     work_of_phases,
 )
-from ch16.profiling.trace import Event, Trace, add_memory_track, read_trace, save_plain
-from ch16.profiling.work import Limits, Weights, Work, limits_of, require_countable
+from ch16.parts.inference_profiling.trace import Event, Trace, add_memory_track, read_trace, save_plain
+from ch16.parts.inference_profiling.work import Limits, Weights, Work, limits_of, require_countable
 from common import cli, models
 from common.cli import CannotRun
 from common.device import synchronise
@@ -298,9 +298,10 @@ def claim(bounds: Sequence[dict]) -> Verdict:
     """P1 from the verdicts of the prefill and the decode."""
     prefill, decode = bounds[0], bounds[1]
     far = [
-        row["what"] for row in (prefill, decode)
+        row["what"]
+        for row in (prefill, decode)
         if row["verdict"] != "launch-bound" and max(row["compute_percent"], row["memory_percent"]) < NEAR_PERCENT
-    ]  # fmt: skip
+    ]
     text = "; ".join(
         f"{row['what']} is {row['verdict']}: {row['compute_percent']:.0f}% of the compute limit, "
         f"{row['memory_percent']:.0f}% of the memory limit, {row['idle_percent']:.0f}% launch gaps"
@@ -323,9 +324,11 @@ def main() -> int:
     parser.add_argument("--engine", choices=("torch", "vllm"), default="torch", help="what to profile")
     parser.add_argument("--batch", type=cli.positive_int, default=1, help="sequences at once")
     parser.add_argument(
-        "--prompt-tokens", type=cli.positive_int, metavar="N",
+        "--prompt-tokens",
+        type=cli.positive_int,
+        metavar="N",
         help="default: 256 on a CPU, 2048 on a GPU; with --quick 128 and 512",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--trace", type=cli.output_file, metavar="FILE.json", default=TRACE, help="where the trace goes"
     )
@@ -427,8 +430,9 @@ def measure_vllm(
     """vLLM by its own profiler: the same tables from the trace of its worker."""
     machine = report.machine
     longest = load.prompt + load.steps + 2
-    settings = engine_args(model, machine, quantization="none", tensor_parallel=1, max_model_len=longest,
-                           max_num_seqs=load.batch) | {"seed": args.seed}  # fmt: skip
+    settings = engine_args(
+        model, machine, quantization="none", tensor_parallel=1, max_model_len=longest, max_num_seqs=load.batch
+    ) | {"seed": args.seed}
     settings["max_num_batched_tokens"] = max(longest, load.batch * load.prompt)  # all prompts in one step
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as cleanup:
         llm, start_s = start_profiled_engine(settings, folder, args.stacks)

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from ch16.serving.bodies import MAX_TOKENS, TEMPERATURE, TOP_P
+from ch16.parts.inference_serving.bodies import MAX_TOKENS, TEMPERATURE, TOP_P
 from common import cli, models, targets
 from common.cli import CannotRun
 from common.engine import as_flags, engine_args, prepare_environment, quiet, start_engine, stop_engine
@@ -178,9 +178,11 @@ def measure_load(llm: "LLM", model: Model, machine: Machine, sizes: Sizes, seed:
         progress = tqdm(total=total, unit="tok", desc=f"{concurrency} at once", leave=False, disable=None)
         with progress, UtilizationSampler(machine, ranks) as gpu:
             sent, arrived = send_wave(
-                llm, prompts, sizes.tokens_out,
+                llm,
+                prompts,
+                sizes.tokens_out,
                 lambda outputs: progress.update(sum(len(output.outputs[0].token_ids) for output in outputs)),
-            )  # fmt: skip
+            )
         return summarise(sent, arrived, ranks) | {"utilization": gpu.mean}
 
     ranks = llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
@@ -260,11 +262,14 @@ def demo(args: argparse.Namespace) -> int:
         precisions = ["none", "fp8"]
     settings = [
         engine_args(
-            model, machine, quantization=precision, tensor_parallel=args.tensor_parallel,
+            model,
+            machine,
+            quantization=precision,
+            tensor_parallel=args.tensor_parallel,
             max_num_seqs=args.max_num_seqs,
         )
         for precision in precisions
-    ]  # fmt: skip
+    ]
 
     shown = {"model": model.name, "dummy_weights": model.dummy, **vars(sizes), "seed": args.seed}
     shown["tensor_parallel"] = settings[0]["tensor_parallel_size"]
@@ -303,18 +308,21 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def serve(args: argparse.Namespace, vllm_flags: Sequence[str]) -> int:
-    """vLLM's OpenAI-compatible server with the chapter's settings, in our layer (`ch16/serving`)."""
+    """vLLM's OpenAI-compatible server with the chapter's settings, in our layer (`ch16/parts/inference_serving`)."""
     machine = detect(args.device)
     prepare_environment(machine, args.tensor_parallel or 1)
     model = models.chosen(args, machine)
     settings = engine_args(
-        model, machine, quantization=args.quantization, tensor_parallel=args.tensor_parallel,
+        model,
+        machine,
+        quantization=args.quantization,
+        tensor_parallel=args.tensor_parallel,
         max_num_seqs=args.max_num_seqs,
-    )  # fmt: skip
+    )
 
     # The port is taken, and answers "loading", before the minutes of loading begin.
-    from ch16.serving.layer import ServerSettings
-    from ch16.serving.process import LoadingResponder, run_until_stopped
+    from ch16.parts.inference_serving.layer import ServerSettings
+    from ch16.parts.inference_serving.process import LoadingResponder, run_until_stopped
 
     listener = listen(args.host, args.port)
     responder = LoadingResponder(listener)
@@ -331,7 +339,7 @@ def serve(args: argparse.Namespace, vllm_flags: Sequence[str]) -> int:
         *("--served-model-name", model.name),
         *("--seed", str(args.seed)),
         *("--scheduling-policy", "priority"),  # without priorities in the requests the same as first come first served
-        *("--middleware", "ch16.serving.layer.ServingLayer"),
+        *("--middleware", "ch16.parts.inference_serving.layer.ServingLayer"),
         "--enable-request-id-headers",
         "--disable-uvicorn-access-log",
     ]
@@ -363,9 +371,12 @@ def main() -> int:
         "--max-prompt-chars", type=cli.non_negative_int, default=0, help="0: 32 for each token of the context"
     )
     server.add_argument(
-        "--drain-timeout", type=cli.non_negative_float, default=30.0, metavar="S",
+        "--drain-timeout",
+        type=cli.non_negative_float,
+        default=30.0,
+        metavar="S",
         help="after SIGTERM, for requests in flight",
-    )  # fmt: skip
+    )
     args, unknown = parser.parse_known_args()
     if unknown and not args.serve:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

@@ -33,11 +33,11 @@ from typing import TYPE_CHECKING
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from ch16.kvcache.arithmetic import kv_shape
-from ch16.kvcache.events import EventStream
-from ch16.kvcache.feed import EngineFeed, Sample
-from ch16.kvcache.watch import watch
-from ch16.kvcache.workloads import Sizes, compare, first_token_ms, fits_rows, run_workloads, throughput
+from ch16.parts.kv_cache_monitor.arithmetic import kv_shape
+from ch16.parts.kv_cache_monitor.events import EventStream
+from ch16.parts.kv_cache_monitor.feed import EngineFeed, Sample
+from ch16.parts.kv_cache_monitor.watch import watch
+from ch16.parts.kv_cache_monitor.workloads import Sizes, compare, first_token_ms, fits_rows, run_workloads, throughput
 from common import cli, models
 from common.cli import CannotRun, first_line
 from common.engine import engine_args, prepare_environment, quiet, start_engine, stop_engine
@@ -389,13 +389,20 @@ def measure(args: argparse.Namespace, machine: Machine, model: Model) -> int:
     if model.max_context < sizes.max_len:
         raise CannotRun(f"{model.name} takes {model.max_context} tokens; the workloads need {sizes.max_len}")
     settings = engine_args(
-        model, machine, quantization="auto" if machine.native_fp8 else "none", tensor_parallel=1,
-        max_model_len=sizes.max_len, max_num_seqs=min(sizes.blocks, 1024),
+        model,
+        machine,
+        quantization="auto" if machine.native_fp8 else "none",
+        tensor_parallel=1,
+        max_model_len=sizes.max_len,
+        max_num_seqs=min(sizes.blocks, 1024),
     ) | {
-        "block_size": sizes.block_size, "num_gpu_blocks_override": sizes.blocks, "seed": args.seed,
+        "block_size": sizes.block_size,
+        "num_gpu_blocks_override": sizes.blocks,
+        "seed": args.seed,
         # A step's figures belong to that step only if the next one is not scheduled already.
-        "async_scheduling": False, "disable_log_stats": False,
-    }  # fmt: skip
+        "async_scheduling": False,
+        "disable_log_stats": False,
+    }
     if machine.device == "cuda":
         settings["gpu_memory_utilization"] = 0.28  # three engines share the GPU
     cache_dtype = str(settings.get("kv_cache_dtype", machine.dtype))
@@ -443,10 +450,15 @@ def measure(args: argparse.Namespace, machine: Machine, model: Model) -> int:
         rounds, seconds = sizes.rounds, sizes.seconds
         no_hits = compare("prefix caching, no hits: output tok/s", driven(plain), driven(without), rounds, seconds)
         shared = [
-            compare(f"prefix caching, common prefix, {requests} at once: TTFT ms",
-                    first_token(plain, requests), first_token(without, requests), rounds) | {"requests": requests}
+            compare(
+                f"prefix caching, common prefix, {requests} at once: TTFT ms",
+                first_token(plain, requests),
+                first_token(without, requests),
+                rounds,
+            )
+            | {"requests": requests}
             for requests in sorted({1, sizes.sharing})
-        ]  # fmt: skip
+        ]
         monitored = throughput(feed.follow_wave, sizes, vocab, args.seed)
         monitoring = compare("events and monitor: output tok/s", monitored, driven(plain), rounds, seconds)
         feed.verify_events()

@@ -31,11 +31,11 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from ch16.balancing.breaker import CircuitBreaker, NoServer
-from ch16.balancing.discovery import addresses
-from ch16.balancing.gateway import Gateway, Limits
-from ch16.balancing.lab import FAULT_COLUMNS, OUTCOME_COLUMNS, Plan, claim, fault_rows, outcome_rows, run_lab
-from ch16.balancing.picture import plot
+from ch16.parts.load_balancer.breaker import CircuitBreaker, NoServer
+from ch16.parts.load_balancer.discovery import addresses
+from ch16.parts.load_balancer.gateway import Gateway, Limits
+from ch16.parts.load_balancer.lab import FAULT_COLUMNS, OUTCOME_COLUMNS, Plan, claim, fault_rows, outcome_rows, run_lab
+from ch16.parts.load_balancer.picture import plot
 from common import cli, models
 from common.engine import quiet
 from common.gpu import Machine, detect, device_names

@@ -34,8 +34,8 @@ from dataclasses import dataclass
 import requests
 from tqdm import tqdm
 
-from ch16.loadtest.knee import GOOD_PERCENT, find_knee
-from ch16.loadtest.picture import plot
+from ch16.parts.load_test.knee import GOOD_PERCENT, find_knee
+from ch16.parts.load_test.picture import plot
 from common import cli, models
 from common.engine import prepare_environment, quiet
 from common.gpu import Machine, detect
@@ -293,9 +293,12 @@ def main() -> int:
     trace = shrink(read_trace(args.trace)[: sizes.trace_requests], scale, max_tokens=2048)
     tokens_in, tokens_out = map(round, mean_lengths(trace))
     base = Load(
-        args.requests or sizes.requests, args.tokens_in or tokens_in, max(2, args.tokens_out or tokens_out),
-        burstiness=args.burstiness, tokens_shared=args.shared_tokens,
-    )  # fmt: skip
+        args.requests or sizes.requests,
+        args.tokens_in or tokens_in,
+        max(2, args.tokens_out or tokens_out),
+        burstiness=args.burstiness,
+        tokens_shared=args.shared_tokens,
+    )
     if base.tokens_shared >= base.tokens_in:
         parser.error(f"--shared-tokens must be less than the {base.tokens_in} tokens of a prompt")
     quiet()
@@ -303,10 +306,15 @@ def main() -> int:
     with server(args, machine) as target:
         what = "a stand-in (simulated)" if target.model == STANDIN else target.model
         settings = {"model": target.model, "requests": base.requests, "tokens_in": base.tokens_in} | {
-            "tokens_out": base.tokens_out, "tokens_shared": base.tokens_shared, "burstiness": base.burstiness,
-            "slo_ttft_ms": args.slo_ttft_ms, "slo_tpot_ms": args.slo_tpot_ms,
-            "trace": Path(args.trace).name, "trace_scale": scale, "seed": args.seed,
-        }  # fmt: skip
+            "tokens_out": base.tokens_out,
+            "tokens_shared": base.tokens_shared,
+            "burstiness": base.burstiness,
+            "slo_ttft_ms": args.slo_ttft_ms,
+            "slo_tpot_ms": args.slo_tpot_ms,
+            "trace": Path(args.trace).name,
+            "trace_scale": scale,
+            "seed": args.seed,
+        }
         report = Report("load_test.py", machine, settings)
         report.print_card()
         tester = Tester(target, base, args.seed, total=8 + len(sizes.fractions) + sizes.refine + sizes.trace_refine)

@@ -31,8 +31,8 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from ch16.moe.baseline import vllm_path
-from ch16.moe.capacity import (
+from ch16.parts.moe_benchmark.baseline import vllm_path
+from ch16.parts.moe_benchmark.capacity import (
     PLAN_COLUMNS,
     VALIDATION_COLUMNS,
     Capacity,
@@ -40,7 +40,7 @@ from ch16.moe.capacity import (
     run_whole_model,
     validation_rows,
 )
-from ch16.moe.experts import (
+from ch16.parts.moe_benchmark.experts import (
     PATHS,
     TOLERANCE,
     TOLERANCE_FP8,
@@ -51,12 +51,12 @@ from ch16.moe.experts import (
     reference,
     route,
 )
-from ch16.moe.patterns import PATTERN_COLUMNS, RANKS, measure_routing, plot_patterns
-from ch16.moe.planner import Workload, gpus_needed, gpus_text, link_between_gpus
-from ch16.moe.presets import PRESETS, Preset, from_config, require_memory, those_that_fit
-from ch16.moe.ranks import RANK_COLUMNS, measure_ranks, plot_ranks
-from ch16.moe.routing import expert_load, make_routing
-from ch16.moe.trained import TRAINED_COLUMNS, balance_rows, read_with
+from ch16.parts.moe_benchmark.patterns import PATTERN_COLUMNS, RANKS, measure_routing, plot_patterns
+from ch16.parts.moe_benchmark.planner import Workload, gpus_needed, gpus_text, link_between_gpus
+from ch16.parts.moe_benchmark.presets import PRESETS, Preset, from_config, require_memory, those_that_fit
+from ch16.parts.moe_benchmark.ranks import RANK_COLUMNS, measure_ranks, plot_ranks
+from ch16.parts.moe_benchmark.routing import expert_load, make_routing
+from ch16.parts.moe_benchmark.trained import TRAINED_COLUMNS, balance_rows, read_with
 from common import cli, models
 from common.cli import CannotRun
 from common.device import torch_dtype
@@ -232,10 +232,16 @@ def benchmark_moe(preset: Preset, experts: Experts, tokens: int, machine: Machin
 def chapter_presets(sizes: Sizes) -> list[Preset]:
     """The chapter's three configurations, and two with gated experts of the size today's models have."""
     layers = [
-        Preset(f"{c['num_experts']} experts, top-{c['experts_per_token']}", sizes.hidden, 4 * sizes.hidden,
-               c["num_experts"], c["experts_per_token"], gated=False)
+        Preset(
+            f"{c['num_experts']} experts, top-{c['experts_per_token']}",
+            sizes.hidden,
+            4 * sizes.hidden,
+            c["num_experts"],
+            c["experts_per_token"],
+            gated=False,
+        )
         for c in CHAPTER
-    ]  # fmt: skip
+    ]
     return layers + [
         Preset(f"64 gated experts, top-{k}", sizes.hidden, sizes.gated_intermediate, 64, k) for k in (2, 8)
     ]
@@ -263,8 +269,10 @@ def uneven_load_claim(patterns: Sequence[dict], on_ranks: str) -> Verdict:
     places = {"": "on one device", "rank_": on_ranks}
     costs = [
         (row[f"{of}cost_percent"], row.get(f"{of}spread_percent", 0.0), row, where)
-        for row in candidates for of, where in places.items() if f"{of}cost_percent" in row
-    ]  # fmt: skip
+        for row in candidates
+        for of, where in places.items()
+        if f"{of}cost_percent" in row
+    ]
     cost, spread, row, where = max(costs, key=lambda found: (found[0] >= max(COST_TARGET_PERCENT, found[1]), found[0]))
     text = (
         f"{row['pattern']} routing{'' if trained else ' (simulated)'}, {row['tokens']:,} tokens: busiest expert "
@@ -283,9 +291,14 @@ def measure_layers(presets: Sequence[Preset], machine: Machine, sizes: Sizes, se
     rows = []
     for preset in tqdm(presets, desc="layers", leave=False, disable=None):
         layer = SyntheticMoELayer(
-            preset.hidden, preset.experts, preset.top_k, intermediate_size=preset.intermediate, gated=preset.gated,
-            device=machine.device, dtype=torch_dtype(machine),
-        )  # fmt: skip
+            preset.hidden,
+            preset.experts,
+            preset.top_k,
+            intermediate_size=preset.intermediate,
+            gated=preset.gated,
+            device=machine.device,
+            dtype=torch_dtype(machine),
+        )
         rows += [benchmark_moe(preset, layer.experts, tokens, machine, sizes, seed) for tokens in sizes.tokens]
         del layer
     return rows

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
 
-from ch16.reporting.forked import import_engine
-from ch16.reporting.gather import CHAPTER, ROOT, read, run_all
-from ch16.reporting.page import html
+from ch16.parts.report.forked import import_engine
+from ch16.parts.report.gather import CHAPTER, ROOT, read, run_all
+from ch16.parts.report.page import html
 from common import cli
 from common.gpu import detect
 

@@ -30,12 +30,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ch16.scheduling.fairness import TokenCounters
-from ch16.scheduling.live import serve
-from ch16.scheduling.mix import CLASSES, WAIT_COLUMNS, Job, bursty_mix, by_class, by_tenant, wait_rows
-from ch16.scheduling.picture import plot
-from ch16.scheduling.simulate import Clock, simulate
-from ch16.scheduling.speed import SPEED_COLUMNS, speed_rows
+from ch16.parts.request_scheduler.fairness import TokenCounters
+from ch16.parts.request_scheduler.live import serve
+from ch16.parts.request_scheduler.mix import CLASSES, WAIT_COLUMNS, Job, bursty_mix, by_class, by_tenant, wait_rows
+from ch16.parts.request_scheduler.picture import plot
+from ch16.parts.request_scheduler.simulate import Clock, simulate
+from ch16.parts.request_scheduler.speed import SPEED_COLUMNS, speed_rows
 from common import cli, models
 from common.costs import Costs
 from common.engine import engine_args, prepare_environment, quiet, start_engine, stop_engine
@@ -379,10 +379,14 @@ def live_rows(
     simulated = simulate(jobs, InferenceScheduler(0.0, max_queue=len(jobs), clock=clock), clock, costs, sizes.slots)
     real_row, simulated_row = (wait_rows("", answers, lambda job: "all")[0] for answers in (fcfs, simulated))
     check = [
-        {"what": title, "real": real_row[key], "simulated": simulated_row[key],
-         "error_percent": 100 * (simulated_row[key] / real_row[key] - 1)}
+        {
+            "what": title,
+            "real": real_row[key],
+            "simulated": simulated_row[key],
+            "error_percent": 100 * (simulated_row[key] / real_row[key] - 1),
+        }
         for key, title in (("p50_s", "TTFT P50 s"), ("p99_s", "TTFT P99 s"), ("tokens_per_s", "output tok/s"))
-    ]  # fmt: skip
+    ]
     points = [
         {"policy": name, "kind": answer.job.kind, "arrival_s": answer.job.arrival_s, "ttft_s": answer.ttft_s}
         for name, answers in runs.items()

@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
-from ch16.layouts.launch import (
+from ch16.parts.serving_layouts.launch import (
     Command,
     Service,
     cache_tokens,
@@ -41,8 +41,16 @@ from ch16.layouts.launch import (
     running,
     words_tokenizer,
 )
-from ch16.layouts.picture import plot_layouts, plot_plan
-from ch16.layouts.plan import WORKING_BYTES, Layout, gib, parse_layout, possible_layouts, problem, room_for
+from ch16.parts.serving_layouts.picture import plot_layouts, plot_plan
+from ch16.parts.serving_layouts.plan import (
+    WORKING_BYTES,
+    Layout,
+    gib,
+    parse_layout,
+    possible_layouts,
+    problem,
+    room_for,
+)
 from common import cli, models, targets
 from common.cli import CannotRun
 from common.engine import quiet, use_fp8
@@ -369,9 +377,12 @@ def main() -> int:
         "--quantization", choices=("auto", "fp8", "none"), default="auto", help="auto: FP8 where the GPU computes it"
     )
     parser.add_argument(
-        "--layouts", type=parse_layout, nargs="+", metavar="RxT",
+        "--layouts",
+        type=parse_layout,
+        nargs="+",
+        metavar="RxT",
         help="R replicas over T devices each, as in 8x1 2x4 1x8; default: all that use every device",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--requests", type=cli.positive_int, nargs="+", metavar="N", help="only these loads: N requests at once"
     )
@@ -380,9 +391,12 @@ def main() -> int:
     parser.add_argument("--gpu-hour-price", type=cli.positive_float, metavar="P", help="of one GPU, in any currency")
     parser.add_argument("--dry-run", action="store_true", help="print processes and memory, start nothing")
     parser.add_argument(
-        "--machine", type=machine_type, nargs="+", metavar="NxG",
+        "--machine",
+        type=machine_type,
+        nargs="+",
+        metavar="NxG",
         help="of the dry run: N GPUs of G GB; default: 8x80 and 8x141 (H100, H200)",
-    )  # fmt: skip
+    )
     args = parser.parse_args()
     if args.machine and not args.dry_run:
         parser.error("--machine belongs to --dry-run; a run takes the machine that it is on")

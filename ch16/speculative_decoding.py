@@ -5,7 +5,7 @@ drafts the next tokens, and the target verifies all of them in one pass. Those i
 first it would not is replaced, and the KV cache forgets the rest. Nothing is approximated: greedy answers stay the
 same, sampled ones keep their distribution. What is gained depends on the text, and on how busy the machine is.
 
-First our own loop on transformers (ch16/speculation/loop.py is the algorithm), then the real vLLM, with the theory
+First our own loop on transformers , then the real vLLM, with the theory
 beside both. Drafts: tokens looked up in the context (n-gram), the target's own first layers, a smaller model.
 
     python3 ch16/speculative_decoding.py                              # the loop, vLLM by batch size, claim D1
@@ -33,8 +33,8 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from ch16.speculation.drafts import check_draft, check_rollback, load_tokenizer
-from ch16.speculation.engine import (
+from ch16.parts.speculative_decoding.drafts import check_draft, check_rollback, load_tokenizer
+from ch16.parts.speculative_decoding.engine import (
     batched,
     counts_between,
     draft_config,
@@ -43,11 +43,11 @@ from ch16.speculation.engine import (
     ngram_config,
     read_counters,
 )
-from ch16.speculation.lab import GAMMA_COLUMNS, LOOP_COLUMNS, exact_rows, measure_loop
-from ch16.speculation.picture import plot
-from ch16.speculation.texts import TASKS, prompts
-from ch16.speculation.theory import THEORY_COLUMNS, Counts, theory_row
-from ch16.speculation.waves import Wave, compare, joined
+from ch16.parts.speculative_decoding.lab import GAMMA_COLUMNS, LOOP_COLUMNS, exact_rows, measure_loop
+from ch16.parts.speculative_decoding.picture import plot
+from ch16.parts.speculative_decoding.texts import TASKS, prompts
+from ch16.parts.speculative_decoding.theory import THEORY_COLUMNS, Counts, theory_row
+from ch16.parts.speculative_decoding.waves import Wave, compare, joined
 from common import cli, models
 from common.cli import CannotRun
 from common.engine import GPU_MEMORY_UTILIZATION, engine_args, prepare_environment, quiet, start_engine, stop_engine
@@ -155,8 +155,10 @@ def engine_settings(model: Model, machine: Machine, context: int, batch: int) ->
         settings["gpu_memory_utilization"] = room = GPU_MEMORY_UTILIZATION / 2
         weights = 2 * (parameter_count(model.config) or 0) / settings["tensor_parallel_size"]
         if weights > 0.9 * room * machine.memory_bytes and "quantization_config" not in model.config:
-            raise CannotRun(f"two engines of {model.name} share a GPU here, with and without speculation, and do not "
-                            "fit; take a smaller --model or more GPUs")  # fmt: skip
+            raise CannotRun(
+                f"two engines of {model.name} share a GPU here, with and without speculation, and do not "
+                "fit; take a smaller --model or more GPUs"
+            )
     return settings
 
 

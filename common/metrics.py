@@ -35,9 +35,32 @@ OUTCOMES = ("ok", "error", "cancelled", "invalid", "rejected")
 # 10 ms to 10 min, each 1.5 to 1.7 times the one before: within them a quantile is at most so many times too large or
 # too small, because it lies in the same bucket as the true one.
 LATENCY_BUCKETS = (
-    0.01, 0.015, 0.025, 0.04, 0.06, 0.1, 0.15, 0.25, 0.4, 0.6, 1, 1.5, 2.5, 4, 6,
-    10, 15, 25, 40, 60, 100, 150, 250, 400, 600,
-)  # fmt: skip
+    0.01,
+    0.015,
+    0.025,
+    0.04,
+    0.06,
+    0.1,
+    0.15,
+    0.25,
+    0.4,
+    0.6,
+    1,
+    1.5,
+    2.5,
+    4,
+    6,
+    10,
+    15,
+    25,
+    40,
+    60,
+    100,
+    150,
+    250,
+    400,
+    600,
+)
 GATEWAY_OUTCOMES = (
     "ok",  # a whole answer of a replica that is no server error
     "error",  # a server error: the replica's own, the gateway's own, or none could answer

@@ -66,8 +66,15 @@ SHAPES: dict[str, dict] = {
     "deepseek-coder-1.3b": _shape(_DEEPSEEK, 2048, 5504, 24, 16, 16),
     # meta-llama/Meta-Llama-3-8B
     "llama-3-8b": _shape(
-        _LLAMA, 4096, 14336, 32, 32, 8,
-        vocab_size=128256, rms_norm_eps=1e-5, max_position_embeddings=8192,
+        _LLAMA,
+        4096,
+        14336,
+        32,
+        32,
+        8,
+        vocab_size=128256,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=8192,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     ),
     # Mixtures of experts. mistralai/Mixtral-8x7B-v0.1
@@ -76,27 +83,50 @@ SHAPES: dict[str, dict] = {
     ),
     # Qwen/Qwen3-30B-A3B
     "qwen3-30b-a3b": _shape(
-        _QWEN3_MOE, 2048, 6144, 48, 32, 4,
-        moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, head_dim=128, vocab_size=151936,
+        _QWEN3_MOE,
+        2048,
+        6144,
+        48,
+        32,
+        4,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        head_dim=128,
+        vocab_size=151936,
     ),
     # Qwen/Qwen3-235B-A22B
     "qwen3-235b-a22b": _shape(
-        _QWEN3_MOE, 4096, 12288, 94, 64, 4,
-        moe_intermediate_size=1536, num_experts=128, num_experts_per_tok=8, head_dim=128, vocab_size=151936,
+        _QWEN3_MOE,
+        4096,
+        12288,
+        94,
+        64,
+        4,
+        moe_intermediate_size=1536,
+        num_experts=128,
+        num_experts_per_tok=8,
+        head_dim=128,
+        vocab_size=151936,
     ),
     # allenai/OLMoE-1B-7B-0924
-    "olmoe-1b-7b": _shape(
-        _OLMOE, 2048, 1024, 16, 16, 16, vocab_size=50304, num_experts=64, num_experts_per_tok=8
-    ),
+    "olmoe-1b-7b": _shape(_OLMOE, 2048, 1024, 16, 16, 16, vocab_size=50304, num_experts=64, num_experts_per_tok=8),
     # Published nowhere: the smallest that vLLM runs, for tests, and a mixture of experts for two CPU cores.
     "small-moe": _shape(
-        _QWEN3_MOE, 512, 1024, 8, 8, 2,
-        moe_intermediate_size=512, num_experts=32, num_experts_per_tok=4, head_dim=64, vocab_size=8192,
+        _QWEN3_MOE,
+        512,
+        1024,
+        8,
+        8,
+        2,
+        moe_intermediate_size=512,
+        num_experts=32,
+        num_experts_per_tok=4,
+        head_dim=64,
+        vocab_size=8192,
     ),
-    "tiny-llama": _shape(
-        _LLAMA, 128, 256, 2, 4, 2, vocab_size=512, rms_norm_eps=1e-5, max_position_embeddings=2048
-    ),
-}  # fmt: skip
+    "tiny-llama": _shape(_LLAMA, 128, 256, 2, 4, 2, vocab_size=512, rms_norm_eps=1e-5, max_position_embeddings=2048),
+}
 
 # `auto` on GPUs takes the first of these whose weights leave half of the memory for the KV cache.
 AUTO_ON_GPU = {
@@ -239,9 +269,10 @@ def dummy(name: str) -> Model:
 def dummy_weights_flag(parser: argparse.ArgumentParser) -> None:
     """The flag of scripts that also run on random weights; see `chosen`."""
     parser.add_argument(
-        "--dummy-weights", metavar="SHAPE",
+        "--dummy-weights",
+        metavar="SHAPE",
         help=f"random weights, for speed alone: a folder with a config.json, or {', '.join(SHAPES)}",
-    )  # fmt: skip
+    )
 
 
 def chosen(args: argparse.Namespace, machine: Machine) -> Model:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
-from ch16.reporting.gather import CHAPTER
+from ch16.parts.report.gather import CHAPTER
 from common.metrics import InferenceMetrics
 from common.results import CLAIMS
 

@@ -24,7 +24,7 @@ import time
 
 import psutil
 
-from ch16.balancing.client import Answer, closed_loop
+from ch16.parts.load_balancer.client import Answer, closed_loop
 from common import cli
 from common.gpu import detect
 from common.results import Column, Report

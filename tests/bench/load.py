@@ -36,10 +36,16 @@ file, *flags = sys.argv[1:]
 json.dump(main(parser.parse_args(flags)), open(file, "w"))
 """
 FIGURES = {  # ours: vLLM's
-    "answered": "request_throughput", "tokens_per_s": "output_throughput", "goodput": "request_goodput",
-    "ttft_p50_ms": "p50_ttft_ms", "ttft_p99_ms": "p99_ttft_ms", "tpot_p50_ms": "p50_tpot_ms",
-    "tpot_p99_ms": "p99_tpot_ms", "itl_p99_ms": "p99_itl_ms", "e2el_p99_ms": "p99_e2el_ms",
-}  # fmt: skip
+    "answered": "request_throughput",
+    "tokens_per_s": "output_throughput",
+    "goodput": "request_goodput",
+    "ttft_p50_ms": "p50_ttft_ms",
+    "ttft_p99_ms": "p99_ttft_ms",
+    "tpot_p50_ms": "p50_tpot_ms",
+    "tpot_p99_ms": "p99_tpot_ms",
+    "itl_p99_ms": "p99_itl_ms",
+    "e2el_p99_ms": "p99_e2el_ms",
+}
 COLUMNS = (
     Column("figure", "figure"),
     Column("ours", "load_test.py", ",.2f"),

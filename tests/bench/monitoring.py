@@ -32,8 +32,8 @@ import psutil
 import requests
 from prometheus_client import CollectorRegistry
 
-from ch16.balancing.client import closed_loop
-from ch16.balancing.dashboard import INTERVAL_S, parse
+from ch16.parts.load_balancer.client import closed_loop
+from ch16.parts.load_balancer.dashboard import INTERVAL_S, parse
 from common import cli
 from common.engine import quiet
 from common.gpu import detect
@@ -76,7 +76,7 @@ class Nothing:
 
 def serve_unwatched(flags: list[str]) -> None:
     """The production server without metrics, in this process."""
-    from ch16.serving import layer
+    from ch16.parts.inference_serving import layer
 
     layer.InferenceMetrics = Nothing
     script = ROOT / "ch16" / "inference_serving.py"

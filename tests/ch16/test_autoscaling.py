@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 from ch16 import autoscaling
-from ch16.autoscale.emit import read_spec
-from ch16.autoscale.search import Tried
-from ch16.autoscale.signals import by_pods, signals
-from ch16.autoscale.simulate import Pool
+from ch16.parts.autoscaling.emit import read_spec
+from ch16.parts.autoscaling.search import Tried
+from ch16.parts.autoscaling.signals import by_pods, signals
+from ch16.parts.autoscaling.simulate import Pool
 from common.cli import CannotRun
 from common.costs import Costs
 from common.traces import Arrival

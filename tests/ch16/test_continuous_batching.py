@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from ch16 import continuous_batching
-from ch16.batching.interference import CHUNKED, NONE, SEPARATE, WHOLE
-from ch16.batching.separate import cannot_separate
 from ch16.continuous_batching import admission_claim, prepare, sizes_for
+from ch16.parts.continuous_batching.interference import CHUNKED, NONE, SEPARATE, WHOLE
+from ch16.parts.continuous_batching.separate import cannot_separate
 from common.cli import CannotRun
 from common.gpu import Machine, detect
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ch16 import fp8_quant
-from ch16.fp8.precision import bf16, load_quantized, recipes
-from ch16.fp8.sizes import Sizes
-from ch16.fp8.stack import measure_stack
 from ch16.fp8_quant import FP8TransformerBlock, FP8TransformerModel
+from ch16.parts.fp8_quant.precision import bf16, load_quantized, recipes
+from ch16.parts.fp8_quant.sizes import Sizes
+from ch16.parts.fp8_quant.stack import measure_stack
 from common import gpu
 from common.cli import CannotRun
 from common.gpu import Machine

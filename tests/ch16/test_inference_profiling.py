@@ -9,10 +9,10 @@ import torch
 
 from ch16 import inference_profiling
 from ch16.inference_profiling import Profile, claim, cost_row, cost_rows, profile_inference, prompts
-from ch16.profiling.attribution import GAPS, KINDS, time_by_kind
-from ch16.profiling.tables import KIND_KEYS, Load, bounds_rows, gap_share, kinds_row, work_of_phases
-from ch16.profiling.trace import Event, Trace, read_trace
-from ch16.profiling.work import Limits, Weights
+from ch16.parts.inference_profiling.attribution import GAPS, KINDS, time_by_kind
+from ch16.parts.inference_profiling.tables import KIND_KEYS, Load, bounds_rows, gap_share, kinds_row, work_of_phases
+from ch16.parts.inference_profiling.trace import Event, Trace, read_trace
+from ch16.parts.inference_profiling.work import Limits, Weights
 from common import models
 from common.cli import CannotRun
 from common.gpu import detect
@@ -155,7 +155,7 @@ def test_the_claim(prefill, decode, expected):
         (["--dummy-weights", "tiny-llama", "--prompt-tokens", "2040"], 1, "takes 2048 tokens; 2052 are needed"),
         (["--dummy-weights", "small-moe"], 1, "the work of small-moe cannot be counted"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_line(flags, status, message):
     command = [sys.executable, SCRIPT, "--quick", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -61,9 +61,12 @@ def test_if_nothing_meets_the_targets_the_least_bad_is_shown():
 
 def best(tokens_per_s=5000.0, p50=40.0, p99=60.0, busy=90.0, gpus=1):
     return {
-        "tokens_per_s": tokens_per_s, "tokens_per_s_gpu": tokens_per_s / gpus,
-        "tpot_p50_ms": p50, "tpot_p99_ms": p99, "utilization": busy,
-    }  # fmt: skip
+        "tokens_per_s": tokens_per_s,
+        "tokens_per_s_gpu": tokens_per_s / gpus,
+        "tpot_p50_ms": p50,
+        "tpot_p99_ms": p99,
+        "utilization": busy,
+    }
 
 
 def verdicts(*args):
@@ -106,12 +109,19 @@ def test_four_of_eight_gpus_do_not_decide_s1():
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--nonsense",), ("--demo", "--serve"), ("--tensor-parallel", "0"), ("--serve", "--json", "x"),
-        ("--compare-bf16", "--quantization", "fp8"), ("--device", "tpu"), ("--serve", "--max-queue", "-1"),
-        ("--serve", "--quick"), ("--seed", "-1"), ("--serve", "--drain-timeout", "nan"),
+        ("--nonsense",),
+        ("--demo", "--serve"),
+        ("--tensor-parallel", "0"),
+        ("--serve", "--json", "x"),
+        ("--compare-bf16", "--quantization", "fp8"),
+        ("--device", "tpu"),
+        ("--serve", "--max-queue", "-1"),
+        ("--serve", "--quick"),
+        ("--seed", "-1"),
+        ("--serve", "--drain-timeout", "nan"),
         ("--serve", "--drain-timeout", "-1"),
     ],
-)  # fmt: skip
+)
 def test_usage_errors_exit_with_2(flags):
     done = run(*flags)
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -157,7 +167,7 @@ def test_help_shows_every_flag_and_its_default():
 
 @pytest.mark.slow
 def test_the_json_holds_what_was_printed(quick_run):
-    """Two ranks of the engine: see tests/ch16/layouts/test_launch.py."""
+    """Two ranks of the engine: see tests/ch16/parts/serving_layouts/test_launch.py."""
     done = quick_run("python3", "ch16/inference_serving.py", "--quick")
     assert done.status == 0, done.err[-3000:]
     rows = done.json["tables"]["load"]["rows"]

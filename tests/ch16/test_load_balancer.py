@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ch16 import load_balancer
-from ch16.balancing.breaker import CircuitBreaker, NoServer
 from ch16.load_balancer import SPARE, LoadBalancer, replica_commands, server_list
+from ch16.parts.load_balancer.breaker import CircuitBreaker, NoServer
 from common import models
 from common.gpu import Machine
 

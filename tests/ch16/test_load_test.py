@@ -88,8 +88,11 @@ def test_users_of_the_closed_loop_follow_from_littles_law():
     tester = Recorder(steady=1.0)
     load_test.shapes(tester, rate=8.0)
     assert [changes for _, changes in tester.asked] == [
-        {"rate": 8.0}, {"rate": 8.0, "burstiness": 0.25}, {"rate": 8.0, "tokens_shared": 20}, {"at_once": 4},
-    ]  # fmt: skip
+        {"rate": 8.0},
+        {"rate": 8.0, "burstiness": 0.25},
+        {"rate": 8.0, "tokens_shared": 20},
+        {"at_once": 4},
+    ]
 
 
 @pytest.fixture
@@ -203,8 +206,10 @@ def test_the_script(quick_run):
     tables = done.json["tables"]
     assert all(row["errors"] == 0 for table in ("rates", "shapes") for row in tables[table]["rows"])
     assert [row["what"] for row in tables["capacity"]["rows"]] == [
-        "full server, output tok/s", "full server, requests/s", "knee, requests/s"
-    ]  # fmt: skip
+        "full server, output tok/s",
+        "full server, requests/s",
+        "knee, requests/s",
+    ]
     assert "simulated" in tables["rates"]["title"] and done.json["claims"][0]["claim"] == "W1"
     one, full, *rates = tables["rates"]["rows"]
     assert one["tokens_per_s"] < full["tokens_per_s"]

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ch16 import moe_benchmark
-from ch16.moe.experts import Experts, reference, route
 from ch16.moe_benchmark import CHAPTER, SyntheticMoELayer, benchmark_moe, sizes_for
+from ch16.parts.moe_benchmark.experts import Experts, reference, route
 from common.cli import CannotRun
 from common.gpu import Peak, detect
 from tests.ranks import torchrun
@@ -224,7 +224,7 @@ def test_experts_spread_over_processes(tmp_path):
 def test_experts_that_do_not_divide():
     done = torchrun(3, moe_benchmark.__file__, "--quick", "--device", "cpu")
     assert done.returncode != 0 and done.stderr.count("error: 64 experts do not divide by 3 ranks") == 1
-    assert "ch16/moe" not in done.stderr.replace("ch16/moe_benchmark.py", "")  # no traceback of ours
+    assert "ch16/parts/moe_benchmark" not in done.stderr.replace("ch16/moe_benchmark.py", "")  # no traceback of ours
 
 
 @pytest.mark.slow

@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from ch16 import request_scheduler
+from ch16.parts.request_scheduler.mix import CLASSES, bursty_mix
+from ch16.parts.request_scheduler.simulate import Clock
+from ch16.parts.request_scheduler.speed import speed_rows
 from ch16.request_scheduler import (
     LIVE,
     SLACK,
@@ -23,9 +26,6 @@ from ch16.request_scheduler import (
     claim,
     live_load,
 )
-from ch16.scheduling.mix import CLASSES, bursty_mix
-from ch16.scheduling.simulate import Clock
-from ch16.scheduling.speed import speed_rows
 from common.costs import Costs
 
 SCRIPT = request_scheduler.__file__
@@ -98,9 +98,11 @@ class AgainstAList(RuleBasedStateMachine):
     """Any order of calls, by any policy: the same requests in the same order, with heaps compacted often or never."""
 
     @initialize(
-        ageing_s=st.sampled_from([0.0, 0.5, 3.0, math.inf]), fair=st.booleans(), max_queue=st.integers(1, 12),
+        ageing_s=st.sampled_from([0.0, 0.5, 3.0, math.inf]),
+        fair=st.booleans(),
+        max_queue=st.integers(1, 12),
         slack=st.sampled_from([0, 64]),
-    )  # fmt: skip
+    )
     def start(self, ageing_s, fair, max_queue, slack):
         request_scheduler.SLACK = slack
         self.clock, self.expired, self.due, self.handles = Clock(), [], [], {}
@@ -111,9 +113,12 @@ class AgainstAList(RuleBasedStateMachine):
         request_scheduler.SLACK = SLACK
 
     @rule(
-        wait=st.sampled_from([0.0, 0.25, 2.0]), priority=st.integers(-3, 3), tokens=st.integers(1, 9),
-        tenant=st.sampled_from("abc"), patience=st.sampled_from([math.inf, 0.5, 4.0]),
-    )  # fmt: skip
+        wait=st.sampled_from([0.0, 0.25, 2.0]),
+        priority=st.integers(-3, 3),
+        tokens=st.integers(1, 9),
+        tenant=st.sampled_from("abc"),
+        patience=st.sampled_from([math.inf, 0.5, 4.0]),
+    )
     def add(self, wait, priority, tokens, tenant, patience):
         self.clock.now += wait
         deadline, number = self.clock.now + patience, self.twin.number
@@ -178,8 +183,10 @@ def test_the_chapters_usage():
 
 @given(
     st.lists(st.tuples(st.floats(0, 5), st.sampled_from([0, 1, 10])), min_size=1, max_size=60),
-    st.floats(0, 2), st.integers(1, 4), st.randoms(),
-)  # fmt: skip
+    st.floats(0, 2),
+    st.integers(1, 4),
+    st.randoms(),
+)
 def test_nobody_is_overtaken_by_who_comes_later_than_ageing_allows(arrivals, ageing_s, batch, rng):
     """While requests come and go at random: a later one never overtakes by more than the difference in priority."""
     clock = Clock()

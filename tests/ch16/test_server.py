@@ -137,17 +137,42 @@ def test_bad_body(server, path, body):
 @pytest.mark.parametrize(
     "change",
     [
-        {"max_tokens": -1}, {"max_tokens": 10**9}, {"max_tokens": 10**30}, {"max_tokens": "many"}, {"max_tokens": 1.5},
-        {"prompt": ""}, {"prompt": []}, {"prompt": [10**8]}, {"prompt": [-1]}, {"prompt": [1, "a"]}, {"prompt": {}},
-        {"prompt": "hello " * 5000}, {"prompt": "x" * 200_000}, {"prompt": "\ud800"}, {"bad_words": ["\ud800"]},
-        {"n": 0}, {"n": 9}, {"n": 10**9}, {"temperature": -1}, {"temperature": 1e300}, {"top_p": 0}, {"top_k": -7},
-        {"logprobs": 1000}, {"logit_bias": {"99999999": 1}}, {"stop": [""]},
-        {"seed": 2**70}, {"min_tokens": 100}, {"priority": "high"}, {"allowed_token_ids": []},
-        {"structured_outputs": {"regex": "([a"}}, {"response_format": {"type": "poem"}}, {"prompt_embeds": "zzz"},
+        {"max_tokens": -1},
+        {"max_tokens": 10**9},
+        {"max_tokens": 10**30},
+        {"max_tokens": "many"},
+        {"max_tokens": 1.5},
+        {"prompt": ""},
+        {"prompt": []},
+        {"prompt": [10**8]},
+        {"prompt": [-1]},
+        {"prompt": [1, "a"]},
+        {"prompt": {}},
+        {"prompt": "hello " * 5000},
+        {"prompt": "x" * 200_000},
+        {"prompt": "\ud800"},
+        {"bad_words": ["\ud800"]},
+        {"n": 0},
+        {"n": 9},
+        {"n": 10**9},
+        {"temperature": -1},
+        {"temperature": 1e300},
+        {"top_p": 0},
+        {"top_k": -7},
+        {"logprobs": 1000},
+        {"logit_bias": {"99999999": 1}},
+        {"stop": [""]},
+        {"seed": 2**70},
+        {"min_tokens": 100},
+        {"priority": "high"},
+        {"allowed_token_ids": []},
+        {"structured_outputs": {"regex": "([a"}},
+        {"response_format": {"type": "poem"}},
+        {"prompt_embeds": "zzz"},
         {"typo_max_tokens": 5},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_bad_completion(server, change):
     assert_refused(server.post("/v1/completions", COMPLETION | change), 400)
 
@@ -155,12 +180,18 @@ def test_bad_completion(server, change):
 @pytest.mark.parametrize(
     "change",
     [
-        {"messages": []}, {"messages": "hello"}, {"max_tokens": -1}, {"max_completion_tokens": 10**9}, {"foo": 1},
-        {"top_logprobs": 99, "logprobs": True}, {"tool_choice": "required"}, {"chat_template": "{{ 1/0 }}"},
+        {"messages": []},
+        {"messages": "hello"},
+        {"max_tokens": -1},
+        {"max_completion_tokens": 10**9},
+        {"foo": 1},
+        {"top_logprobs": 99, "logprobs": True},
+        {"tool_choice": "required"},
+        {"chat_template": "{{ 1/0 }}"},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_bad_chat(server, change):
     assert_refused(server.post("/v1/chat/completions", CHAT | change), 400)
 
@@ -168,13 +199,21 @@ def test_bad_chat(server, change):
 @pytest.mark.parametrize(
     "body",
     [
-        {}, {"prompt": ""}, {"prompt": 5}, {"prompt": "a", "max_tokens": 0}, {"prompt": "a", "max_tokens": True},
-        {"prompt": "a", "max_tokens": 10**6}, {"prompt": "a", "temperature": 3}, {"prompt": "a", "top_p": 0},
-        {"prompt": "a", "priority": 2**40}, {"prompt": "a", "stream": "yes"}, {"prompt": "a", "model": MODEL},
+        {},
+        {"prompt": ""},
+        {"prompt": 5},
+        {"prompt": "a", "max_tokens": 0},
+        {"prompt": "a", "max_tokens": True},
+        {"prompt": "a", "max_tokens": 10**6},
+        {"prompt": "a", "temperature": 3},
+        {"prompt": "a", "top_p": 0},
+        {"prompt": "a", "priority": 2**40},
+        {"prompt": "a", "stream": "yes"},
+        {"prompt": "a", "model": MODEL},
         {"prompt": "hello " * 5000},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_bad_generate(server, body):
     assert_refused(server.post("/generate", body), 400)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from ch16 import serving_layouts
-from ch16.layouts.plan import Layout
+from ch16.parts.serving_layouts.plan import Layout
 from ch16.serving_layouts import best_row, busy, choose, claims, machine_type, marked, price_of_a_million
 from common.cli import CannotRun
 from common.gpu import detect

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from ch16 import speculative_decoding
-from ch16.speculation.drafts import load_tokenizer
-from ch16.speculation.waves import Wave
+from ch16.parts.speculative_decoding.drafts import load_tokenizer
+from ch16.parts.speculative_decoding.waves import Wave
 from ch16.speculative_decoding import (
     checked_texts,
     claim,
@@ -18,10 +18,12 @@ from ch16.speculative_decoding import (
     measure_engine,
     sizes_for,
     slower_where,
-)  # fmt: skip
+)
 from common import models
 from common.cli import CannotRun
 from common.gpu import detect
+
+PART = "ch16.parts.speculative_decoding"
 
 
 @pytest.mark.parametrize(
@@ -195,7 +197,7 @@ def test_what_cannot_run_is_one_line(call, flags, message):
 def test_a_draft_that_does_not_fit_is_refused(call, monkeypatch):
     shape = models.dummy("tiny-llama")
     monkeypatch.setattr(models, "resolve", lambda name, machine: shape if name == "small" else models.bundled())
-    monkeypatch.setattr("ch16.speculation.drafts.load_tokenizer", lambda model: load_tokenizer(models.bundled()))
+    monkeypatch.setattr(f"{PART}.drafts.load_tokenizer", lambda model: load_tokenizer(models.bundled()))
     with pytest.raises(CannotRun, match="their tokenizers do not match"):  # 512 tokens against 49,152
         call("--draft", "small")
 

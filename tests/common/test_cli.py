@@ -101,10 +101,15 @@ def test_a_seed_below_zero_is_a_usage_error(capsys):
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        (cli.positive_int, "0"), (cli.non_negative_int, "-1"), (cli.positive_float, "0"), (cli.positive_float, "nan"),
-        (cli.non_negative_float, "-0.1"), (cli.non_negative_float, "nan"), (cli.non_negative_float, "inf"),
+        (cli.positive_int, "0"),
+        (cli.non_negative_int, "-1"),
+        (cli.positive_float, "0"),
+        (cli.positive_float, "nan"),
+        (cli.non_negative_float, "-0.1"),
+        (cli.non_negative_float, "nan"),
+        (cli.non_negative_float, "inf"),
     ],
-)  # fmt: skip
+)
 def test_numbers_out_of_range(kind, text):
     with pytest.raises(argparse.ArgumentTypeError):
         kind(text)

@@ -72,9 +72,13 @@ def test_names_of_a_part_of_the_gpus(monkeypatch):
 
 @pytest.mark.parametrize(
     ("device", "native", "dtype", "itemsize"),
-    [("cpu", True, "bfloat16", 2), ("cpu", False, "float32", 4), ("cuda", True, "bfloat16", 2),
-     ("cuda", False, "float16", 2)],
-)  # fmt: skip
+    [
+        ("cpu", True, "bfloat16", 2),
+        ("cpu", False, "float32", 4),
+        ("cuda", True, "bfloat16", 2),
+        ("cuda", False, "float16", 2),
+    ],
+)
 def test_models_compute_in_what_the_machine_has_units_for(device, native, dtype, itemsize):
     machine = gpu.Machine(device, "one", 1, 2**34, 2, None, native_bf16=native, native_fp8=False)
     assert (machine.dtype, machine.itemsize) == (dtype, itemsize) and dtype in gpu.DTYPE_NAMES

@@ -24,10 +24,18 @@ def test_flags(tmp_path):
     load = Load(10, 64, 8, rate=2.5, burstiness=0.5, tokens_shared=16, at_once=3)
     flags = " ".join(flags_for(target, load, Objective(200, 20), 7, tmp_path / "t"))
     for part in (
-        "--base-url http://a:1", "--model m", "--num-prompts 10", "--seed 7", "--request-rate 2.5", "--burstiness 0.5",
-        "--random-input-len 48", "--random-prefix-len 16", "--random-output-len 8", "--max-concurrency 3",
+        "--base-url http://a:1",
+        "--model m",
+        "--num-prompts 10",
+        "--seed 7",
+        "--request-rate 2.5",
+        "--burstiness 0.5",
+        "--random-input-len 48",
+        "--random-prefix-len 16",
+        "--random-output-len 8",
+        "--max-concurrency 3",
         "--goodput ttft:200 tpot:20",
-    ):  # fmt: skip
+    ):
         assert part in flags
     assert "inf" in " ".join(flags_for(target, Load(10, 64, 8), None, 0, tmp_path / "t"))
 

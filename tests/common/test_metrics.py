@@ -18,10 +18,12 @@ def test_names_and_types_are_the_chapters():
     InferenceMetrics(registry)
     text = generate_latest(registry).decode()
     for line in (
-        "# TYPE inference_requests_total counter", "# TYPE inference_latency_seconds histogram",
-        "# TYPE inference_active_requests gauge", "# TYPE inference_throughput_tokens_per_sec gauge",
+        "# TYPE inference_requests_total counter",
+        "# TYPE inference_latency_seconds histogram",
+        "# TYPE inference_active_requests gauge",
+        "# TYPE inference_throughput_tokens_per_sec gauge",
         "# TYPE inference_draining gauge",
-    ):  # fmt: skip
+    ):
         assert line in text
     assert all(f'inference_requests_total{{outcome="{outcome}"}} 0.0' in text for outcome in OUTCOMES)
 

@@ -14,7 +14,7 @@ Check = Callable[[Objects], Iterator[str]]
 CHECKS: list[Check] = []
 
 END_S = 10  # for an engine or an event loop to end once the last answer is out
-UVICORN_S = 2  # ch16/serving/process.py
+UVICORN_S = 2  # ch16/parts/inference_serving/process.py
 LOADING_S = 600  # a model is loaded, or downloaded first, in more than a moment
 FROM_LWS = {"LWS_GROUP_SIZE", "LWS_WORKER_INDEX", "LWS_LEADER_ADDRESS"}
 NODE_GPUS = 8

@@ -55,7 +55,11 @@ SPECS = {
                     "type": "array",
                     "items": closed(
                         ("expr",),
-                        record=TEXT, alert=TEXT, expr=TEXT, labels=strings(), annotations=strings(),
+                        record=TEXT,
+                        alert=TEXT,
+                        expr=TEXT,
+                        labels=strings(),
+                        annotations=strings(),
                         **{"for": {"type": "string", "pattern": r"^(\d+(ms|[smhdwy]))+$"}},
                     ),
                 },
@@ -84,7 +88,10 @@ SPECS = {
                 metricType={"enum": ["AverageValue", "Value"]},
                 metadata=closed(
                     ("serverAddress", "query", "threshold"),
-                    serverAddress=TEXT, query=TEXT, threshold=TEXT, ignoreNullValues={"enum": ["true", "false"]},
+                    serverAddress=TEXT,
+                    query=TEXT,
+                    threshold=TEXT,
+                    ignoreNullValues={"enum": ["true", "false"]},
                 ),
             ),
         },
@@ -108,7 +115,7 @@ SPECS = {
             workerTemplate={"type": "object"},
         ),
     ),
-}  # fmt: skip
+}
 
 
 def validate(item: dict) -> None:

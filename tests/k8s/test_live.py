@@ -145,10 +145,13 @@ def api_server(tmp_path):
     labels = pod("vllm-router", "inference-server").labels
     ready = {"conditions": [{"type": "Ready", "status": "True"}]}
     pods = [
-        {"metadata": {"name": who, "namespace": "inference", "uid": who, "labels": has}, "spec": {"containers": []},
-         "status": {"phase": "Running", "podIP": ip, **ready}}
+        {
+            "metadata": {"name": who, "namespace": "inference", "uid": who, "labels": has},
+            "spec": {"containers": []},
+            "status": {"phase": "Running", "podIP": ip, **ready},
+        }
         for who, has, ip in (("server", labels, "127.0.0.1"), ("other", {"app": "other"}, "127.0.0.9"))
-    ]  # fmt: skip
+    ]
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -168,11 +171,13 @@ def api_server(tmp_path):
     listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=listener.serve_forever, daemon=True).start()
     config = {
-        "apiVersion": "v1", "kind": "Config", "current-context": "here",
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "here",
         "clusters": [{"name": "here", "cluster": {"server": f"http://127.0.0.1:{listener.server_port}"}}],
         "users": [{"name": "router", "user": {}}],
         "contexts": [{"name": "here", "context": {"cluster": "here", "user": "router"}}],
-    }  # fmt: skip
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     yield asked, str(tmp_path / "config.yaml")
     stop.set()

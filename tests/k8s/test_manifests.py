@@ -197,7 +197,7 @@ BROKEN = {
         change(HPA, "spec/metrics/0/pods/target/type", "Value"),
         drop(HPA),
     ],
-}  # fmt: skip
+}
 
 
 def test_every_check_is_tried():
@@ -314,9 +314,10 @@ def test_rules_name_jobs_as_the_monitors_do():
     objects = build("overlays/single-gpu", "prometheus-operator")
     jobs = {
         service["metadata"]["labels"][monitor["spec"]["jobLabel"]]
-        for monitor in of(objects, "ServiceMonitor") for service in of(objects, "Service")
+        for monitor in of(objects, "ServiceMonitor")
+        for service in of(objects, "Service")
         if monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
-    }  # fmt: skip
+    }
     (rule,) = of(objects, "PrometheusRule")
     assert set(re.findall(r'job="([^"]+)"', str(rule))) == jobs == {"inference-server", "inference-gateway"}
 

@@ -11,7 +11,7 @@ import pytest
 import requests
 import yaml
 
-from ch16.balancing.dashboard import NAMES, parse, quantile
+from ch16.parts.load_balancer.dashboard import NAMES, parse, quantile
 from common.results import READMES
 from common.server import ServerProcess
 from common.standin import standin_command
@@ -60,7 +60,7 @@ def selectors(expression):
         ("a{} and absent(b) == 1 or vector(Inf) unless scalar(c)", {"a{}", "b", "c"}),
         ('label_replace(a, "x", "$1", "y", "(z)")', {"a"}),
     ],
-)  # fmt: skip
+)
 def test_selectors(expression, found):
     assert selectors(expression) == found
 

@@ -1,0 +1,92 @@
+"""The manifest of an autoscaler: of the one that was simulated, written; of one that is to be, read."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from ch16.parts.autoscaling.hpa import SCALE_DOWN, SCALE_UP, Policy, Rules, Spec
+from common.cli import CannotRun, first_line
+
+KIND = "HorizontalPodAutoscaler"
+
+
+def quantity(value: float) -> str:
+    """A number as Kubernetes writes it: whole, or in thousandths ("2500m")."""
+    thousandths = round(1000 * value)
+    return f"{thousandths}m" if thousandths % 1000 else str(thousandths // 1000)
+
+
+def manifest(spec: Spec, target: float, comments: Sequence[str]) -> str:
+    """The chapter's HorizontalPodAutoscaler, with the target found, as YAML under `comments`."""
+    content = {
+        "apiVersion": "autoscaling/v2",
+        "kind": KIND,
+        "metadata": {"name": "inference-hpa"},
+        "spec": {
+            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": "inference-server"},
+            "minReplicas": spec.min_replicas,
+            "maxReplicas": spec.max_replicas,
+            "metrics": [
+                {
+                    "type": "Pods",
+                    "pods": {
+                        "metric": {"name": "inference_active_requests"},
+                        "target": {"type": "AverageValue", "averageValue": quantity(target)},
+                    },
+                }
+            ],
+            "behavior": {"scaleUp": _rules(spec.up), "scaleDown": _rules(spec.down)},
+        },
+    }
+    return "".join(f"# {line}\n" for line in comments) + yaml.safe_dump(content, sort_keys=False)
+
+
+def _rules(rules: Rules) -> dict:
+    # Not the tolerance: its default may be another on a cluster, and old API servers do not know the field.
+    return {
+        "stabilizationWindowSeconds": rules.window_s,
+        "selectPolicy": rules.select,
+        "policies": [
+            {"type": policy.kind, "value": policy.value, "periodSeconds": policy.period_s} for policy in rules.policies
+        ],
+    }
+
+
+def read_spec(path: str | Path) -> Spec:
+    """Replicas and behaviour of the first HorizontalPodAutoscaler in a YAML file, its metrics left out.
+
+    What it does not say is Kubernetes' default, as in the API server.
+
+    Raises:
+        CannotRun: the file cannot be read, has no such object, or one that the API server would refuse.
+    """
+    try:
+        documents = list(yaml.safe_load_all(Path(path).read_text()))
+        said = next(one["spec"] for one in documents if isinstance(one, dict) and one.get("kind") == KIND)
+        behavior = said.get("behavior") or {}
+        return Spec(
+            said.get("minReplicas", 1),
+            said["maxReplicas"],
+            _rules_of(behavior.get("scaleUp") or {}, SCALE_UP),
+            _rules_of(behavior.get("scaleDown") or {}, SCALE_DOWN),
+        )
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CannotRun(f"cannot read {path}: {first_line(error)}") from None
+    except StopIteration:
+        raise CannotRun(f"{path} has no {KIND}") from None
+    except KeyError as error:
+        raise CannotRun(f"{path}: its {KIND} has no {error.args[0]}") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CannotRun(f"{path}: its {KIND} is none that Kubernetes takes: {first_line(error)}") from None
+
+
+def _rules_of(said: Mapping, default: Rules) -> Rules:
+    policies = tuple(Policy(one["type"], one["value"], one["periodSeconds"]) for one in said.get("policies") or ())
+    window_s = said.get("stabilizationWindowSeconds")
+    return Rules(
+        policies or default.policies,
+        default.window_s if window_s is None else window_s,
+        said.get("selectPolicy") or default.select,
+        float(said.get("tolerance") or default.tolerance),
+    )

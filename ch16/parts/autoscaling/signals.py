@@ -1,0 +1,70 @@
+"""What a replica says of itself, and how the manifest of an autoscaler reads it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ch16.parts.autoscaling.hpa import PodsMetric, PoolMetric
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One scrape of a replica.
+
+    Args:
+        waiting: vllm:num_requests_waiting, that have no slot yet.
+        running: vllm:num_requests_running, that are decoded together.
+        gpu: the share of the time since the last scrape in which some kernel ran: DCGM_FI_DEV_GPU_UTIL / 100.
+        kv: vllm:kv_cache_usage_perc, the share of the KV cache that is held.
+    """
+
+    waiting: int
+    running: int
+    gpu: float
+    kv: float
+
+    @property
+    def active(self) -> int:
+        """inference_active_requests: accepted and not yet answered."""
+        return self.waiting + self.running
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A signal to scale on: its name in tables, the fields of Sample it reads, the least and the most of its targets.
+
+    Several fields are several metrics in one manifest, all with one target: the autoscaler takes the largest answer.
+    """
+
+    title: str
+    gauges: tuple[str, ...]
+    low: float
+    high: float
+
+
+def signals(slots: int) -> dict[str, Signal]:
+    """The signals by their name on the command line, for replicas of `slots`. Shares are targets up to 1."""
+    return {
+        "queue": Signal("queue depth", ("waiting",), slots / 200, 5 * slots),
+        "active": Signal("active requests = queue + running", ("active",), slots / 50, 5 * slots),
+        "larger": Signal("queue or running, the larger", ("waiting", "running"), slots / 50, 5 * slots),
+        "gpu": Signal("GPU utilization", ("gpu",), 0.05, 1.0),
+        "kv": Signal("KV usage", ("kv",), 0.01, 1.0),
+    }
+
+
+# Samples that the autoscaler sees, ready replicas that it misses, ready replicas -> metrics.
+Scaler = Callable[[Sequence[Sample], int, int], list[PodsMetric | PoolMetric]]
+
+
+def by_pods(signal: Signal, target: float) -> Scaler:
+    """A manifest with a Pods metric for each gauge of the signal (type AverageValue, the only one for Pods)."""
+    return lambda samples, missing, ready: [
+        PodsMetric(target, tuple(getattr(sample, gauge) for sample in samples), missing) for gauge in signal.gauges
+    ]
+
+
+def by_pool(target: float, per_pod: bool) -> Scaler:
+    """A manifest with an External metric, the pool's sum of active requests: AverageValue if `per_pod`, else Value."""
+    return lambda samples, missing, ready: [
+        PoolMetric(target, sum(sample.active for sample in samples), ready, per_pod)
+    ]

@@ -1,0 +1,88 @@
+"""Traffic for a fleet: load that comes in bursts, the curve of a day, a recorded trace."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ch16.parts.autoscaling.records import REQUEST, as_requests
+from common.cli import CannotRun
+from common.traces import Arrival, at_rate, read_trace, shrink
+
+Load = Callable[[np.ndarray], np.ndarray]  # seconds -> load then, in replicas that it keeps busy
+
+CALM, PEAK = 0.5, (4.0, 7.0)  # load between bursts; at the height of one, at least and at most
+RISE_S, HOLD_S, PAUSE_S = 480.0, (300.0, 900.0), (300.0, 2700.0)  # of a burst, and between two
+DAY_MEAN, DAY_SWING = 2.75, 0.8  # mean load of a day, and the part of it by which it goes up and down
+SHORTEST_S = 3600.0  # a recorded trace that is shorter is begun anew
+
+
+def bursty(seconds: float, rng: np.random.Generator, rise_s: float = RISE_S) -> Load:
+    """Calm, then bursts that rise, last and fall within minutes, at times and of heights that are random."""
+    corners, now = [(0.0, CALM)], 0.0
+    while now < seconds:
+        begin = now + rng.uniform(*PAUSE_S)
+        peak, end = rng.uniform(*PEAK), begin + rise_s + rng.uniform(*HOLD_S)
+        corners += [(begin, CALM), (begin + rise_s, peak), (end, peak), (end + rise_s, CALM)]
+        now = end + rise_s
+    times, loads = np.transpose(corners)
+    return lambda at: np.interp(at, times, loads)
+
+
+def diurnal(seconds: float) -> Load:
+    """A day from midnight to midnight, pressed into `seconds`."""
+    return lambda at: DAY_MEAN * (1 - DAY_SWING * np.cos(2 * np.pi * at / seconds))
+
+
+def poisson(
+    load: Load, seconds: float, request_s: float, lengths: Sequence[Arrival], rng: np.random.Generator
+) -> np.ndarray:
+    """Requests [N] of REQUEST, that come by chance at the rate of a load; lengths drawn from those of a trace.
+
+    Args:
+        request_s: seconds that a request takes from a busy replica.
+    """
+    begins = np.arange(math.ceil(seconds))
+    counts = rng.poisson(load(begins + 0.5) / request_s)
+    at = np.repeat(begins, counts) + rng.random(counts.sum())
+    requests = np.zeros(len(at), REQUEST)
+    requests["at_s"] = np.sort(at)
+    drawn = rng.integers(len(lengths), size=len(at))
+    for name in ("tokens_in", "tokens_out"):
+        requests[name] = np.array([getattr(arrival, name) for arrival in lengths])[drawn]
+    return requests
+
+
+def read_recorded(path: str | Path, max_gap_s: float) -> list[Arrival]:
+    """A recorded trace that can be replayed; begun anew until it lasts an hour.
+
+    Args:
+        max_gap_s: without requests, beyond which the recording counts as broken.
+
+    Raises:
+        CannotRun: as `read_trace`; times that go back, a gap, or no time between first and last.
+    """
+    trace = read_trace(path, in_order=True)
+    if not trace[-1].at_s:
+        raise CannotRun(f"{path}: all {len(trace)} requests come at the same time")
+    for earlier, later in itertools.pairwise(trace):
+        if later.at_s - earlier.at_s > max_gap_s:
+            raise CannotRun(
+                f"{path} has a gap: no request for {(later.at_s - earlier.at_s) / 3600:.1f} h from second "
+                f"{earlier.at_s:,.0f} on; if that is no fault of the recording, raise --max-gap-s"
+            )
+    rate = (len(trace) - 1) / trace[-1].at_s
+    return at_rate(trace, max(len(trace), math.ceil(SHORTEST_S * rate)), rate)
+
+
+def fitted(trace: Sequence[Arrival], busy_s: Callable[[int, int], float], longest: int) -> np.ndarray:
+    """A trace at its own times: requests [N] of REQUEST, lengths scaled to the mean load of our day.
+
+    Args:
+        busy_s: seconds that a request of so many tokens in and out takes from a busy replica.
+        longest: tokens of a request, at most.
+    """
+    factor = DAY_MEAN * trace[-1].at_s / sum(busy_s(arrival.tokens_in, arrival.tokens_out) for arrival in trace)
+    return as_requests(shrink(trace, factor, longest))

@@ -1,0 +1,272 @@
+"""Feed a CacheMonitor from a real engine, and check that both agree.
+
+Two accounts of the same cache. Blocks whose content is kept come from the engine's events. Blocks that running requests
+hold follow from how many tokens each has: ceil(tokens / block size), common prefixes once. The engine's own figures are
+its metrics: usage, prefix-cache queries and hits. Where the accounts differ, the monitor is wrong, and says so.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from ch16.parts.kv_cache_monitor.events import Cleared, Event, EventStream, Removed, Stored
+from common.cli import CannotRun
+from common.load import send_wave
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput
+
+
+class Monitor(Protocol):
+    """What is fed: see CacheMonitor."""
+
+    @property
+    def stats(self) -> dict[str, int]: ...  # noqa: D102
+    def record_allocation(self, size: int, block: object = None) -> None: ...  # noqa: D102
+    def record_free(self, size: int | None = None, block: object = None) -> None: ...  # noqa: D102
+    def record_hit(self, count: int = 1) -> None: ...  # noqa: D102
+    def record_miss(self, count: int = 1) -> None: ...  # noqa: D102
+    def record_eviction(self, count: int = 1) -> None: ...  # noqa: D102
+
+
+class CachedBlocks:
+    """Blocks with findable content, from events. The same content may lie in several blocks: each is counted."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+        self._copies: Counter[int | bytes] = Counter()
+
+    def __len__(self) -> int:
+        return self._copies.total()
+
+    def apply(self, event: Event) -> None:
+        """Follow one event.
+
+        Raises:
+            CannotRun: a block was removed that was never stored.
+        """
+        if isinstance(event, Stored):
+            self._copies.update(event.hashes)
+        elif isinstance(event, Removed):
+            for name in event.hashes:
+                if self._copies[name] == 0:
+                    raise CannotRun(f"the engine removed block {name!r}, which it never stored: events were lost")
+                self._copies[name] -= 1
+                if not self._copies[name]:
+                    del self._copies[name]
+                self._monitor.record_eviction()
+        elif isinstance(event, Cleared):
+            self._copies.clear()
+
+
+@dataclass
+class _Running:
+    prompt: Sequence[int]
+    blocks: list[object] = field(default_factory=list)  # ids of those it holds
+
+
+class HeldBlocks:
+    """Blocks that running requests hold, from their tokens alone: what the monitor calls usage."""
+
+    def __init__(self, monitor: Monitor, block_size: int, block_bytes: int) -> None:
+        self._monitor, self._size, self._bytes = monitor, block_size, block_bytes
+        self._holders: Counter[object] = Counter()
+        self._running: dict[str, _Running] = {}
+
+    def __len__(self) -> int:
+        return len(self._holders)
+
+    def progress(self, request: str, prompt: Sequence[int], tokens_out: int, cached_tokens: int) -> None:
+        """A request has got `tokens_out` tokens; `cached_tokens` of its prompt were found in the cache.
+
+        The newest token's key and value are not computed yet.
+        """
+        known = self._running.setdefault(request, _Running(prompt))
+        for i in range(len(known.blocks), math.ceil((len(prompt) + tokens_out - 1) / self._size)):
+            end = (i + 1) * self._size
+            name: object = (request, i)  # its own, unless its content is a whole block of the prompt
+            if end <= len(prompt):
+                content = hash(tuple(prompt[:end]))
+                if end <= cached_tokens or content not in self._holders:
+                    name = content
+            known.blocks.append(name)
+            if name not in self._holders:
+                self._monitor.record_allocation(self._bytes, name)
+            self._holders[name] += 1
+
+    def finish(self, request: str) -> None:
+        """A request has ended; blocks that nobody else holds are free."""
+        for name in self._running.pop(request).blocks:
+            self._holders[name] -= 1
+            if not self._holders[name]:
+                del self._holders[name]
+                self._monitor.record_free(block=name)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The cache after one engine step: seconds since the start, blocks, and totals since the start."""
+
+    seconds: float
+    held_blocks: int
+    cached_blocks: int
+    hits: int
+    misses: int
+    evictions: int
+    preemptions: int
+    running: int
+
+
+class EngineFeed:
+    """Drives an engine step by step, feeds the monitor, and compares it with the engine's own figures.
+
+    Args:
+        llm: an engine with KV events and its statistics on, and without asynchronous scheduling: there a step's
+            figures belong to the step after it.
+        stream: the engine's events.
+    """
+
+    def __init__(self, llm: "LLM", monitor: Monitor, stream: EventStream, block_bytes: int) -> None:
+        self.llm, self.monitor, self.stream = llm, monitor, stream
+        config = llm.llm_engine.vllm_config.cache_config
+        self.block_size, self.total_blocks = config.block_size, config.num_gpu_blocks - 1  # one is never given out
+        self.cached, self.held = CachedBlocks(monitor), HeldBlocks(monitor, self.block_size, block_bytes)
+        self._block_bytes = block_bytes
+        self.samples: list[Sample] = []
+        self.checked_steps = self.steps = 0
+        self._started = time.perf_counter()
+        self._first = self.metrics()
+        self._verified, self._waited = self._lookups(), False  # at the last verify; whether a request waited since
+
+    def metrics(self) -> dict[str, float]:
+        """The engine's gauges and counters, by name without its prefix."""
+        return {m.name.removeprefix("vllm:"): m.value for m in self.llm.get_metrics() if hasattr(m, "value")}
+
+    def _lookups(self) -> dict[str, tuple[float, float]]:
+        """Tokens looked up and found so far: by the monitor, and by the engine."""
+        stats, engine = self.monitor.stats, self.metrics()
+        hits = stats["cache_hits"]
+        return {
+            "queries": (hits + stats["cache_misses"], engine["prefix_cache_queries"]),
+            "hits": (hits, engine["prefix_cache_hits"]),
+        }
+
+    def run(self, prompts: Sequence[Sequence[int]], tokens_out: int) -> list[float]:
+        """All prompts at once, `tokens_out` tokens each, with every check that a step allows.
+
+        Returns:
+            Seconds to the first token of each request.
+
+        Raises:
+            CannotRun: the monitor and the engine disagree.
+        """
+        tokens = [0] * len(prompts)
+
+        def after_step(outputs: Sequence["RequestOutput"]) -> None:
+            for output in outputs:
+                i = int(output.request_id)
+                if tokens[i] == 0:
+                    self._count(prompts[i], output.num_cached_tokens or 0)
+                tokens[i] += len(output.outputs[0].token_ids)
+                self.held.progress(output.request_id, prompts[i], tokens[i], output.num_cached_tokens or 0)
+                if output.finished:
+                    self.held.finish(output.request_id)
+                    unfinished.remove(output.request_id)
+            self._after_step(all_shown=unfinished <= {output.request_id for output in outputs})
+
+        unfinished = {str(i) for i in range(len(prompts))}
+        sent, arrived = send_wave(self.llm, prompts, tokens_out, after_step)
+        return [times[0] - start for start, times in zip(sent, arrived, strict=True)]
+
+    def follow_wave(self, prompts: Sequence[Sequence[int]], tokens_out: int) -> None:
+        """Send a wave as production would run it: nothing is compared, and events are followed after it."""
+        send_wave(self.llm, prompts, tokens_out)
+        self._follow_events()
+
+    def _follow_events(self, timeout_s: float = 0.0) -> int:
+        """Apply the events that have arrived; how many. Waits for the first of them at most `timeout_s`."""
+        count = 0
+        for count, event in enumerate(self.stream.poll(timeout_s), start=1):  # noqa: B007 (the last count)
+            self.cached.apply(event)
+        return count
+
+    def _count(self, prompt: Sequence[int], cached: int) -> None:
+        self.monitor.record_hit(cached)
+        self.monitor.record_miss(len(prompt) - cached)
+
+    def _after_step(self, all_shown: bool) -> None:
+        self.steps += 1
+        self._waited |= not all_shown
+        self._follow_events()
+        now, stats = self.metrics(), self.monitor.stats
+        used = round(now["kv_cache_usage_perc"] * self.total_blocks)
+        # A request that waits, was preempted, or has read only a part of its prompt shows no token in this step.
+        if all_shown:
+            self.checked_steps += 1
+            ours = stats["current_usage"] // self._block_bytes
+            if used != ours:
+                raise CannotRun(f"step {self.steps}: {ours} blocks in use by the monitor, {used} by the engine")
+        self.samples.append(
+            Sample(
+                time.perf_counter() - self._started,
+                used,
+                len(self.cached),
+                stats["cache_hits"],
+                stats["cache_misses"],
+                stats["evictions"],
+                int(now["num_preemptions"] - self._first["num_preemptions"]),
+                int(now["num_requests_running"]),
+            )
+        )
+
+    def verify_events(self) -> None:
+        """Wait until all events have come, and compare the blocks with content.
+
+        Raises:
+            CannotRun: events are missing, or the engine counts other blocks.
+        """
+        while self._follow_events(0.3):  # the publisher is a thread of its own: until it has been quiet for a moment
+            pass
+        for event in self.stream.catch_up():  # a batch lost at the end leaves no gap
+            self.cached.apply(event)
+        if self.stream.lost:
+            raise CannotRun(f"{self.stream.lost} batches of KV cache events were lost and could not be replayed")
+        blocks = blocks_with_content(self.llm)
+        if blocks is not None and blocks != len(self.cached):
+            raise CannotRun(f"blocks with content: {len(self.cached):,} by the monitor, {blocks:,} by the engine")
+
+    def verify(self) -> bool:
+        """Compare everything since the last time; whether hits could be compared, too.
+
+        Older versions of vLLM look a waiting request up again in every step and count each time; where requests waited,
+        their larger counts are not comparable.
+
+        Raises:
+            CannotRun: something differs, or events are missing.
+        """
+        self.verify_events()
+        before, waited = self._verified, self._waited
+        self._verified, self._waited = self._lookups(), False
+        pairs = {
+            what: tuple(after - earlier for after, earlier in zip(self._verified[what], before[what], strict=True))
+            for what in before
+        }
+        if waited and pairs["queries"][1] > pairs["queries"][0]:
+            return False
+        for what, (ours, theirs) in pairs.items():
+            if ours != theirs:
+                raise CannotRun(f"prefix cache {what}: {ours:,} by the monitor, {theirs:,.0f} by the engine")
+        return True
+
+
+def blocks_with_content(llm: "LLM") -> int | None:
+    """Blocks in the engine's own table of findable content; None where it runs in another process."""
+    try:
+        pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+        table = pool.cached_block_hash_to_block._cache
+    except AttributeError:
+        return None
+    return sum(len(found) if isinstance(found, dict) else 1 for found in table.values())

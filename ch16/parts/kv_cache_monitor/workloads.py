@@ -1,0 +1,167 @@
+"""Workloads that fill a KV cache in different ways, and engines compared in turn."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ch16.parts.kv_cache_monitor.feed import EngineFeed, Sample
+from common.cli import CannotRun
+from common.load import random_prompts, send_wave
+from common.timing import median_error, percentile
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+PRECISE = 0.002  # standard error of a ratio, with which 0.995 can be told from 0.99
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens, blocks and requests of the workloads, and rounds of each comparison."""
+
+    blocks: int  # of the cache
+    block_size: int  # tokens
+    requests: int  # at once
+    max_len: int  # tokens of the longest sequence
+    prefix: int  # tokens that prompts have in common
+    answer: int  # tokens out where throughput is compared: long enough, without --quick, for a wave to take a second
+    sharing: int  # requests that ask with the common prefix at once, without it in the cache, too
+    rounds: int
+    seconds: float  # for which a comparison of throughput goes on if it is not precise after its rounds
+
+
+def workloads(sizes: Sizes, vocab_size: int, seed: int) -> dict[str, list[tuple[list[list[int]], int]]]:
+    """Waves of prompts and tokens out for each workload: nothing in common, a common prefix, more than fits."""
+    (prefix,) = random_prompts(1, sizes.prefix, vocab_size, seed + 1)
+    tails = random_prompts(sizes.requests, sizes.block_size, vocab_size, seed + 2)
+    # Twice as much live context as there are blocks. As many prompts as fit are admitted, and then all of them grow.
+    many, prompt_blocks = 2 * sizes.blocks // 5, 4
+    return {
+        "unrelated prompts": [(random_prompts(sizes.requests, 4 * sizes.block_size, vocab_size, seed), 16)],
+        "common prefix": [([prefix + tails[0]], 4), ([prefix + tail for tail in tails], 8)],
+        "more than fits": [
+            (random_prompts(many, prompt_blocks * sizes.block_size, vocab_size, seed + 3), sizes.block_size)
+        ],
+    }
+
+
+def run_workloads(feed: EngineFeed, sizes: Sizes, vocab_size: int, seed: int) -> list[dict]:
+    """Rows of WORKLOAD_COLUMNS, one after another on the same cache; every step is checked, and so are the totals."""
+    rows = []
+    for name, waves in workloads(sizes, vocab_size, seed).items():
+        before, first, steps, checked = feed.monitor.stats, len(feed.samples), feed.steps, feed.checked_steps
+        started = feed.samples[-1] if feed.samples else Sample(0.0, 0, 0, 0, 0, 0, 0, 0)
+        begun = time.perf_counter()
+        for prompts, tokens_out in waves:
+            feed.run(prompts, tokens_out)
+        seconds = time.perf_counter() - begun
+        hits_checked = feed.verify()
+        seen, after = feed.samples[first:], feed.monitor.stats
+        hits, misses = (after[key] - before[key] for key in ("cache_hits", "cache_misses"))
+        peak = max(sample.held_blocks for sample in seen)
+        rows.append(
+            {
+                "workload": name,
+                "requests": sum(len(prompts) for prompts, _ in waves),
+                "seconds": seconds,
+                "peak_held": peak,
+                "usage_percent": 100 * peak / feed.total_blocks,
+                "cached": len(feed.cached),
+                "hit_percent": 100 * hits / (hits + misses),
+                "evictions": after["evictions"] - before["evictions"],
+                "preemptions": seen[-1].preemptions - started.preemptions,
+                "peak_running": max(sample.running for sample in seen),
+                "hits_checked": "yes" if hits_checked else "no",
+                "checked": feed.checked_steps - checked,
+                "steps": feed.steps - steps,
+            }
+        )
+    return rows
+
+
+def fits_rows(feed: EngineFeed, sizes: Sizes, vocab_size: int, seed: int) -> list[dict]:
+    """Rows of FITS_COLUMNS: short requests, with memory for the longest reserved for each, and as they grow."""
+    tokens_out = sizes.block_size
+    reserved = -(-sizes.max_len // sizes.block_size)
+    each = 2  # a prompt of one block, and one block of answer
+    prompts = random_prompts(feed.total_blocks // each, sizes.block_size, vocab_size, seed + 9)
+    first, preemptions = len(feed.samples), feed.metrics()["num_preemptions"]
+    feed.run(prompts, tokens_out)
+    feed.verify()
+    if feed.metrics()["num_preemptions"] > preemptions:
+        raise CannotRun(f"{len(prompts)} requests of {each} blocks should fit into {feed.total_blocks}, and did not")
+    fit = max(sample.held_blocks for sample in feed.samples[first:]) // each
+    return [
+        {
+            "how": f"reserved: {sizes.max_len:,} tokens",
+            "blocks": reserved,
+            "fit": feed.total_blocks // reserved,
+            "source": "computed: blocks / blocks each",
+        },
+        {
+            "how": f"paged: {sizes.block_size} tokens in, {tokens_out} out",
+            "blocks": each,
+            "fit": fit,
+            "source": "measured: most blocks held / blocks each, none preempted",
+        },
+    ]
+
+
+def compare(
+    what: str, variant: Callable[[int], float], base: Callable[[int], float], rounds: int, seconds: float = 0
+) -> dict[str, float | str]:
+    """A row of COMPARISON_COLUMNS: both measured in turn, the first to go alternating; the median of the ratios.
+
+    Args:
+        rounds: at least so many.
+        seconds: more of them until the ratio is known to `PRECISE`, as long as not so many seconds have passed.
+    """
+    variant(-1), base(-1)  # warm up
+    pairs, ratios, error = [], [], math.inf
+    started = time.perf_counter()
+    while len(pairs) < rounds or (error > PRECISE and time.perf_counter() - started < seconds):
+        i = len(pairs)
+        order = (variant, base) if i % 2 == 0 else (base, variant)
+        found = {work: work(i) for work in order}
+        pairs.append((found[variant], found[base]))
+        ratios.append(found[variant] / found[base])
+        error = median_error(ratios)
+    return {
+        "what": what,
+        "variant": percentile([a for a, _ in pairs], 50),
+        "base": percentile([b for _, b in pairs], 50),
+        "ratio": percentile(ratios, 50),
+        "error_percent": 100 * error,
+        "rounds": len(pairs),
+    }
+
+
+def throughput(
+    run: Callable[[Sequence[Sequence[int]], int], object], sizes: Sizes, vocab_size: int, seed: int
+) -> Callable:
+    """Output tokens/s of a wave of unrelated prompts, other ones in each round."""
+
+    def measure(round_: int) -> float:
+        prompts = random_prompts(sizes.requests, 2 * sizes.block_size, vocab_size, seed + 100 + round_)
+        started = time.perf_counter()
+        run(prompts, sizes.answer)
+        return sizes.requests * sizes.answer / (time.perf_counter() - started)
+
+    return measure
+
+
+def first_token_ms(llm: "LLM", sizes: Sizes, vocab_size: int, seed: int, requests: int) -> Callable[[int], float]:
+    """Median milliseconds to the first token of `requests` at once, with a prefix that every round shares.
+
+    The warm-up brings the prefix into the cache.
+    """
+    (prefix,) = random_prompts(1, sizes.prefix, vocab_size, seed + 1)
+
+    def measure(round_: int) -> float:
+        tails = random_prompts(requests, sizes.block_size, vocab_size, seed + 1000 * requests + round_)
+        sent, arrived = send_wave(llm, [prefix + tail for tail in tails], 2)
+        return 1e3 * percentile([tokens[0] - start for start, tokens in zip(sent, arrived, strict=True)], 50)
+
+    return measure

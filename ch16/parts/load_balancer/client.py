@@ -1,0 +1,142 @@
+"""A client that counts what became of each request, as its user would see it."""
+
+import asyncio
+import contextlib
+import itertools
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import aiohttp
+
+from ch16.parts.load_balancer.wire import WholeEvents
+
+COUNT = re.compile(rb'"completion_tokens": ?(\d+)')
+
+
+@dataclass
+class Answer:
+    """What a client saw of one request; times in seconds by `time.perf_counter`."""
+
+    name: str  # x-request-id
+    sent: float
+    counts: list[int] = field(default_factory=list)  # tokens so far, as the events of the stream say
+    times: list[float] = field(default_factory=list)  # when each of these came
+    wanted: int = 0
+    status: int = 0
+    complete: bool = False  # the stream ended with [DONE]
+    told: bool = False  # it ended with an error event
+    ended: float = 0.0
+    server: str = ""
+    retries: int = 0
+
+    @property
+    def outcome(self) -> str:
+        """`answered`, `cut off, told`, `cut off, not told`, `lost` (no byte of an answer), or `duplicated` (tokens
+        twice)."""
+        if any(later <= earlier for earlier, later in itertools.pairwise(self.counts)) or self.tokens > self.wanted:
+            return "duplicated"
+        if self.complete and self.tokens == self.wanted:
+            return "answered"
+        if not self.counts:
+            return "lost"
+        return "cut off, told" if self.told else "cut off, not told"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that came."""
+        return self.counts[-1] if self.counts else 0
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to first token."""
+        return self.times[0] - self.sent
+
+
+async def ask(
+    session: aiohttp.ClientSession, url: str, name: str, body: Mapping[str, object], patience_s: float
+) -> Answer:
+    """Send one completion request and read its stream to whatever end it finds. Raises nothing that servers cause.
+
+    Args:
+        body: with `max_tokens`; streaming and usage in every event are added.
+        patience_s: for the next part of the answer.
+    """
+    body = {**body, "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    answer = Answer(name, time.perf_counter(), wanted=body["max_tokens"])
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=patience_s, sock_read=patience_s)
+    events = WholeEvents()
+    try:
+        async with session.post(
+            f"{url}/v1/completions", json=body, headers={"x-request-id": name}, timeout=timeout
+        ) as response:
+            answer.status = response.status
+            answer.server = response.headers.get("x-served-by", "")
+            answer.retries = int(response.headers.get("x-retries", 0))
+            async for chunk in response.content.iter_any():
+                for count in map(int, COUNT.findall(events.feed(chunk))):
+                    if count != answer.tokens:  # the last event of a stream repeats the count
+                        answer.times.append(time.perf_counter())
+                        answer.counts.append(count)
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        pass
+    answer.complete = answer.status == 200 and events.finished
+    answer.told = events.failed
+    answer.ended = time.perf_counter()
+    return answer
+
+
+async def closed_loop(
+    url: str,
+    body: Callable[[int], Mapping[str, object]],
+    requests: int,
+    at_once: int,
+    ramp_s: float,
+    patience_s: float = 60.0,
+) -> list[Answer]:
+    """`at_once` users, each of whom asks again when answered, until `requests` were sent.
+
+    Args:
+        body: of the i-th request.
+        ramp_s: the users come one after another within this time, so that they do not all ask at the same moment.
+    """
+    numbers = iter(range(requests))
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def user(place: int) -> list[Answer]:
+            await asyncio.sleep(ramp_s * place / at_once)
+            return [await ask(session, url, f"closed-{i}", body(i), patience_s) for i in numbers]
+
+        answers = await asyncio.gather(*(user(place) for place in range(at_once)))
+    return list(itertools.chain.from_iterable(answers))
+
+
+async def steady(
+    choose: Callable[[], str],
+    name: str,
+    body: Callable[[int], Mapping[str, object]],
+    rate: float,
+    stop: asyncio.Event,
+    patience_s: float,
+) -> Sequence[Answer]:
+    """An open loop: `rate` requests/s until `stop`, whatever becomes of those before.
+
+    Args:
+        choose: the URL of the next request.
+        name: the i-th request is called `name-i`.
+        body: of the i-th request.
+    """
+    tasks = []
+    start = asyncio.get_running_loop().time()
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        for number in itertools.count():
+            pause = start + number / rate - asyncio.get_running_loop().time()
+            if pause > 0:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(stop.wait(), pause)
+            if stop.is_set():
+                break
+            work = ask(session, choose(), f"{name}-{number}", body(number), patience_s)
+            tasks.append(asyncio.create_task(work))
+        return await asyncio.gather(*tasks)

@@ -1,0 +1,64 @@
+"""vLLM's own fused experts on the same tensors: what a production engine makes of the same work."""
+
+import torch
+
+from ch16.parts.moe_benchmark.experts import Dispatch, Experts, Routing
+from common.cli import first_line
+
+CPU_MULTIPLE = 32  # as vLLM's own classes ask for
+
+
+def vllm_path(experts: Experts) -> tuple[Dispatch | None, str]:
+    """vLLM's kernel as one more dispatch path, or None and why it cannot be had.
+
+    On GPUs `fused_experts` (Triton; where vLLM ships no tuned tile sizes for a shape, with its defaults); on CPUs
+    `cpu_fused_moe`, whose weights are packed here, once, as the engine does when it loads a model.
+    """
+    sizes, on_gpu = experts.sizes, experts.w_in.is_cuda
+    gated = sizes.gated
+    if not on_gpu and not gated:
+        return None, "its CPU kernel knows gated experts only"
+    if not on_gpu and (sizes.hidden % CPU_MULTIPLE or sizes.intermediate % CPU_MULTIPLE):
+        return None, f"its CPU kernel needs widths that are multiples of {CPU_MULTIPLE}"
+    try:
+        return (_gpu(gated) if on_gpu else _cpu(experts)), ""
+    except (ImportError, AttributeError, RuntimeError) as error:
+        return None, f"its kernel is not there: {first_line(error)}"
+
+
+def _gpu(gated: bool) -> Dispatch:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
+
+    activation = MoEActivation.SILU if gated else MoEActivation.GELU_NO_MUL
+    config = VllmConfig()
+
+    def path(x: torch.Tensor, experts: Experts, routing: Routing) -> torch.Tensor:
+        with set_current_vllm_config(config):
+            return fused_experts(
+                x, experts.w_in, experts.w_out, routing.weights, routing.experts.int(), activation=activation
+            )
+
+    return path
+
+
+def _cpu(experts: Experts) -> Dispatch:
+    from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
+
+    isa = "amx" if torch.cpu._is_amx_tile_supported() and experts.w_in.dtype == torch.bfloat16 else "vec"
+    packed: dict[tuple[int, int], list[torch.Tensor]] = {}
+
+    def weights(experts: Experts) -> list[torch.Tensor]:
+        key = experts.w_in.data_ptr(), experts.sizes.experts  # a part of the experts is packed apart
+        if key not in packed:
+            packed[key] = [cpu_prepack_moe_weight(weight.data, isa) for weight in (experts.w_in, experts.w_out)]
+        return packed[key]
+
+    def path(x: torch.Tensor, experts: Experts, routing: Routing) -> torch.Tensor:
+        out = torch.empty_like(x)
+        cpu_fused_moe(out, x, *weights(experts), None, None, routing.weights, routing.experts.int(), "silu", isa)
+        return out
+
+    weights(experts)  # here, so that a missing kernel is noticed
+    return path

@@ -1,0 +1,169 @@
+"""Published mixture-of-experts models as sizes: what a layer and a whole model weigh, compute and keep."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ch16.parts.moe_benchmark.experts import ExpertSizes
+from common.cli import CannotRun
+from common.gpu import Machine, free_bytes
+from common.models import SHAPES
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A mixture-of-experts decoder, or (`layers` 0) only a layer of its routed experts."""
+
+    name: str
+    hidden: int
+    intermediate: int  # of one expert
+    experts: int
+    top_k: int
+    gated: bool = True
+    layers: int = 0  # all alike: grouped-query attention, router, experts
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    vocab: int = 0
+
+    @property
+    def sizes(self) -> ExpertSizes:
+        """One layer's experts."""
+        return ExpertSizes(self.hidden, self.intermediate, self.experts, self.gated)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Of all experts of the model."""
+        return self.layers * self.experts * self.sizes.parameters
+
+    @property
+    def other_parameters(self) -> int:
+        """Of everything but the experts: attention, routers, embedding and head; norms are too small to count."""
+        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+        return self.layers * (attention + self.hidden * self.experts) + 2 * self.vocab * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        return self.expert_parameters + self.other_parameters
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Numbers in the keys and values of all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+
+def from_config(name: str, config: Mapping[str, object]) -> Preset:
+    """A preset from the content of a model's config.json.
+
+    The whole model is known where all layers are alike; of models with dense layers, experts shared by all tokens or
+    latent attention, only the layer of routed experts is.
+
+    Raises:
+        CannotRun: the model is no mixture of experts.
+    """
+    counts = (config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+    experts, top_k = next(filter(None, counts), 0), config.get("num_experts_per_tok")
+    if not experts or not top_k:
+        raise CannotRun(f"{name} is no mixture of experts: its config.json names no experts")
+    try:
+        return _from_known(name, config, experts, top_k)
+    except KeyError as error:
+        raise CannotRun(f"{name}: its config.json has no {error}") from None
+
+
+# What makes layers differ from each other, or adds parts that are not in this benchmark.
+_OTHER_PARTS = (
+    "first_k_dense_replace",
+    "mlp_only_layers",
+    "n_shared_experts",
+    "shared_expert_intermediate_size",
+    "kv_lora_rank",
+)
+
+
+def _from_known(name: str, config: Mapping[str, object], experts: int, top_k: int) -> Preset:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    layer = Preset(name, hidden, config.get("moe_intermediate_size") or config["intermediate_size"], experts, top_k)
+    if any(config.get(key) for key in _OTHER_PARTS) or config.get("decoder_sparse_step", 1) != 1:
+        return layer
+    return replace(
+        layer,
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or hidden // heads,
+        vocab=config["vocab_size"],
+    )
+
+
+def require_memory(
+    preset: Preset, tokens: int, machine: Machine, copies: float = 1.0, contenders: int = 1, more: float = 0.0
+) -> None:
+    """Raise CannotRun before anything is allocated if a layer's weights and its rows cannot be held.
+
+    Args:
+        tokens: the layer's input.
+        copies: of the weights: an FP8 copy counts half.
+        contenders: works that keep their rows at the same time; a CUDA graph never gives its memory back.
+        more: bytes of everything else.
+    """
+    weights = copies * machine.itemsize * preset.experts * preset.sizes.parameters
+    rows = tokens * preset.top_k * (2 * preset.hidden + preset.sizes.rows_in + preset.intermediate)
+    rows *= machine.itemsize * contenders
+    rows += more
+    free = free_bytes(machine)
+    if weights + rows > 0.95 * free:
+        raise CannotRun(
+            f"{preset.name} needs {weights / 2**30:.1f} GiB for its weights and {rows / 2**30:.1f} GiB for the rest, "
+            f"and {free / 2**30:.1f} GiB are free; choose another --preset, a smaller --hidden-size, or fewer --tokens "
+            "or --sequences"
+        )
+
+
+def those_that_fit(
+    presets: Sequence[Preset], tokens: int, machine: Machine, **needs: float
+) -> tuple[list[Preset], list[str]]:
+    """The presets for which `require_memory` raises nothing, and what it says about the others.
+
+    Raises:
+        CannotRun: none fits.
+    """
+    fitting, others = [], []
+    for preset in presets:
+        try:
+            require_memory(preset, tokens, machine, **needs)
+            fitting.append(preset)
+        except CannotRun as error:
+            others.append(str(error))
+    if not fitting:
+        raise CannotRun(others[0])
+    return fitting, others
+
+
+# Layers of routed experts, from the config.json of the named hub repository; whole models are in common/models.py.
+_LAYERS_ONLY = {
+    # deepseek-ai/DeepSeek-V3
+    "deepseek-v3": {
+        "hidden_size": 7168,
+        "moe_intermediate_size": 2048,
+        "n_routed_experts": 256,
+        "num_experts_per_tok": 8,
+        "n_shared_experts": 1,
+        "num_attention_heads": 128,
+    },
+    # zai-org/GLM-4.5-Air
+    "glm-4.5-air": {
+        "hidden_size": 4096,
+        "moe_intermediate_size": 1408,
+        "n_routed_experts": 128,
+        "num_experts_per_tok": 8,
+        "n_shared_experts": 1,
+        "num_attention_heads": 96,
+    },
+}
+
+PRESETS: dict[str, Preset] = {
+    name: from_config(name, config)
+    for name, config in (SHAPES | _LAYERS_ONLY).items()
+    if "num_experts_per_tok" in config
+}

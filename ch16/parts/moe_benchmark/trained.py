@@ -1,0 +1,84 @@
+"""What the routers of a trained model choose while it reads text."""
+
+import torch
+import torch.nn as nn
+
+from ch16.parts.moe_benchmark.experts import Routing, route
+from ch16.parts.moe_benchmark.routing import expert_load, load_balance
+from common.cli import CannotRun, first_line
+from common.gpu import Machine
+from common.models import Model
+from common.results import Column
+from common.text import load_model, token_windows
+
+WINDOW = 256  # tokens read at a time
+CHOICE_BIASES = ("e_score_correction_bias", "expert_bias")  # added to an expert's score for the choice alone
+
+TRAINED_COLUMNS = (
+    Column("layer", "layer", "d"),
+    Column("max_mean", "max / mean", ".2f"),
+    Column("cv", "CV", ".2f"),
+    Column("entropy", "entropy", ".3f"),
+    Column("empty_percent", "empty %", ".1f"),
+    Column("dropped_percent", "dropped %", ".1f"),
+)
+
+
+def trained_routing(network: nn.Module, ids: torch.Tensor, top_k: int) -> list[Routing]:
+    """The choices of each MoE layer's router for token ids [N, length], layer by layer: N x length tokens.
+
+    Raises:
+        CannotRun: the model does not give its routers' logits, or chooses by more than them.
+    """
+    _require_plain_choice(network)
+    windows = [_router_logits(network, window[None]) for window in ids]
+    return [route(torch.cat(layer), top_k) for layer in zip(*windows, strict=True)]
+
+
+def _require_plain_choice(network: nn.Module) -> None:
+    """Raise CannotRun unless a token goes to the experts with the largest logits, and nothing else has a say.
+
+    DeepSeek-V3 and its kin add a bias to each expert's score that evens out the load, or choose groups of experts
+    first: the largest logits alone would show a load that the model does not have.
+    """
+    tensors = (*network.named_parameters(), *network.named_buffers())
+    if biased := [name for name, tensor in tensors if name.endswith(CHOICE_BIASES) and tensor.any()]:
+        why = f"a bias for each expert ({biased[0]})"
+    elif (getattr(network.config.get_text_config(), "n_group", None) or 1) > 1:
+        why = "groups of experts (n_group in its config.json)"
+    else:
+        return
+    raise CannotRun(f"this model's routers choose by {why}, not by their logits alone, which are all that is read here")
+
+
+def _router_logits(network: nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Of one window [1, length]: logits [length, E] for each layer with experts."""
+    try:
+        with torch.no_grad():
+            logits = network(input_ids=ids, output_router_logits=True, logits_to_keep=1).router_logits
+    except (TypeError, AttributeError) as error:
+        raise CannotRun(f"this model does not show its routers: {first_line(error)}") from None
+    if not logits:
+        raise CannotRun("this model has no routers: it is not a mixture of experts")
+    return [layer.reshape(-1, layer.shape[-1]) for layer in logits if layer is not None]
+
+
+def read_with(model: Model, text: str, tokens: int, top_k: int, machine: Machine) -> list[Routing]:
+    """Routing of `tokens` tokens of a text in each MoE layer of a model.
+
+    Raises:
+        CannotRun: the text is too short, or the model cannot be loaded or has no routers.
+    """
+    network, tokenizer = load_model(model, machine.device, machine.dtype)
+    length = min(WINDOW, tokens)
+    count = -(-tokens // length)
+    ids = token_windows(text[: 40 * count * length], tokenizer, count, length)  # no need to tokenize a whole book
+    if ids.max() >= network.config.vocab_size:
+        raise CannotRun(f"the tokenizer of {model.name} gives ids that the model does not know")
+    layers = trained_routing(network, ids.to(machine.device), top_k)
+    return [Routing(layer.experts[:tokens], layer.weights[:tokens]) for layer in layers]
+
+
+def balance_rows(layers: list[Routing], experts: int) -> list[dict]:
+    """Load balance of each layer: rows of TRAINED_COLUMNS."""
+    return [{"layer": i, **load_balance(expert_load(routing, experts))} for i, routing in enumerate(layers)]

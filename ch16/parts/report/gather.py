@@ -1,0 +1,136 @@
+"""What the chapter's scripts found: run each of them, or read what earlier runs have written."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ch16.parts.report.forked import Forked
+from common.cli import CannotRun
+
+ROOT = Path(__file__).resolve().parents[3]
+LIMIT_S = 600  # a script in its --quick form takes half a minute; on two cores without units for BF16 two
+CLEAN_UP_S = 30
+# The scripts of ch16/ in the chapter's order, with the claims that each measures.
+CHAPTER = {
+    "inference_serving": ("S1", "S2", "S3", "S4"),
+    "fp8_quant": ("F1", "F2", "F3"),
+    "moe_benchmark": ("M1", "M2"),
+    "inference_profiling": ("P1",),
+    "kv_cache_monitor": ("S5", "K1", "K2"),
+    "request_scheduler": ("Q1",),
+    "speculative_decoding": ("D1",),
+    "continuous_batching": ("B1", "B2", "B3", "B4"),
+    "load_balancer": ("L1",),
+    "load_test": ("W1",),
+    "serving_layouts": (),  # S1 to S4 once more, on several GPUs
+    "autoscaling": ("A1",),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run of a script: what it has written, or why it has not."""
+
+    name: str  # of its files: "fp8_quant_4096" for another run of "fp8_quant"
+    script: str
+    content: Mapping | None  # as common.results.Report writes it
+    picture: bytes | None  # a PNG
+    seconds: float | None  # None: nobody has noted it
+    error: str = ""
+
+
+def read(folder: Path) -> list[Outcome]:
+    """Every results file of a folder, with the picture beside it, if there is one.
+
+    Raises:
+        CannotRun: there is no results file, or one is not as the scripts write it.
+    """
+    outcomes = [read_one(file) for file in sorted(folder.glob("*.json"))]
+    if not outcomes:
+        raise CannotRun(f"no results in {folder}: scripts write them there with --json {folder / 'NAME.json'}")
+    return outcomes
+
+
+def read_one(file: Path) -> Outcome:
+    """A results file, with the picture beside it."""
+    picture = file.with_suffix(".png")
+    try:
+        content = json.loads(file.read_text())
+        missing = {"script", "date", "machine", "settings", "tables", "claims"} - content.keys()
+    except (OSError, ValueError, AttributeError):
+        missing = {"JSON object"}
+    if missing:
+        raise CannotRun(f"{file} is not a results file: it has no {', '.join(sorted(missing))}")
+    return Outcome(
+        name=file.stem,
+        script=Path(content["script"]).stem,
+        content=content,
+        picture=picture.read_bytes() if picture.exists() else None,
+        seconds=content.get("seconds"),
+    )
+
+
+def run_all(scripts: list[Path], folder: Path, fork: bool = False) -> Iterator[Outcome]:
+    """Run scripts one after the other in their --quick form, with progress on stderr.
+
+    Args:
+        scripts: their files.
+        folder: where JSON, pictures and what they print go.
+        fork: start them from this process and what it has imported, not as programs of their own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, script in enumerate(scripts, 1):
+        print(f"{number:2}/{len(scripts)}  {script.name} ... ", end="", file=sys.stderr, flush=True)
+        outcome = run_one(script, folder, fork)
+        ended = f"failed: {outcome.error}" if outcome.error else f"{outcome.seconds:.0f} s"
+        print(ended, file=sys.stderr, flush=True)
+        yield outcome
+
+
+def run_one(script: Path, folder: Path, fork: bool) -> Outcome:
+    """Run a script in its --quick form. What an earlier run has left in the folder is gone, whatever happens."""
+    results, picture, log = (folder / f"{script.stem}{suffix}" for suffix in (".json", ".png", ".log"))
+    for file in (results, picture):
+        file.unlink(missing_ok=True)
+    words = [str(script), "--quick", "--json", str(results), "--plot", str(picture)]
+    started = time.perf_counter()
+    with Forked(words, log, ROOT) if fork else program(words, log) as process:
+        try:
+            error = "" if process.wait(LIMIT_S) == 0 else last_words(log)
+        except subprocess.TimeoutExpired:
+            error = f"not done after {LIMIT_S} s"
+            stop(process)
+    seconds = time.perf_counter() - started
+    if not error:
+        try:
+            return replace(read_one(results), seconds=seconds)
+        except CannotRun as unreadable:
+            error = str(unreadable)
+    return Outcome(script.stem, script.stem, None, None, seconds, error)
+
+
+def program(words: list[str], log: Path) -> subprocess.Popen:
+    """A script in an interpreter of its own; what it prints goes to a file."""
+    with open(log, "w") as output:
+        return subprocess.Popen([sys.executable, *words], stdout=output, stderr=output, cwd=ROOT)
+
+
+def stop(process: subprocess.Popen | Forked) -> None:
+    """Interrupt a script, so that it ends what it has started; kill it when it does not."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(CLEAN_UP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+def last_words(log: Path) -> str:
+    """Why a script failed, in one line: its own `error:`, else the last thing that it printed."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["it said nothing"])[-1].removeprefix("error: ")

@@ -17,10 +17,10 @@ the batches with the highest throughput over latency. ITL is the time between tw
 to the first.
 """
 
-import sys
+import runpy
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+runpy.run_path(str(Path(__file__).resolve().parent.parent / "common" / "environment.py"))
 
 import argparse
 import contextlib

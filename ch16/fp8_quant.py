@@ -16,10 +16,10 @@ the price of making FP8 from BF16 activations. Decode is shown eager and as a CU
 needs longer to launch an FP8 layer than the GPU to run it.
 """
 
-import sys
+import runpy
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+runpy.run_path(str(Path(__file__).resolve().parent.parent / "common" / "environment.py"))
 
 import argparse
 import contextlib

@@ -17,10 +17,10 @@ waits for the host, on a CPU the interpreter runs between operators. The verdict
 the limits; gaps of more than half of the time make a phase launch-bound.
 """
 
-import sys
+import runpy
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+runpy.run_path(str(Path(__file__).resolve().parent.parent / "common" / "environment.py"))
 
 import argparse
 import contextlib

@@ -18,13 +18,14 @@ How to read the table: output tok/s is what you can sell, TTFT what a user waits
 100 ms. The claims are about a 33B model; of a mixture of experts the parameters that a token uses count.
 """
 
-import sys
+import runpy
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+runpy.run_path(str(Path(__file__).resolve().parent.parent / "common" / "environment.py"))
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

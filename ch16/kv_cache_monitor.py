@@ -16,10 +16,10 @@ How to read the tables: `held` are blocks of running requests, `with content` th
 cache that is full of content and empty of requests is a good one: nothing is wasted, and everything can be had.
 """
 
-import sys
+import runpy
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+runpy.run_path(str(Path(__file__).resolve().parent.parent / "common" / "environment.py"))
 
 import argparse
 import contextlib

@@ -14,10 +14,10 @@ How to read the lab's first table: each row sent requests at the same rate and m
 although the client had seen no byte of an answer; `cut off` ended in the middle, and was either told so or not.
 """
 
-import sys
+import runpy
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+runpy.run_path(str(Path(__file__).resolve().parent.parent / "common" / "environment.py"))
 
 import argparse
 import contextlib
@@ -26,6 +26,7 @@ import hashlib
 import logging
 import math
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Sequence

@@ -19,14 +19,15 @@ How to read it: goodput counts requests that met the objective. `client late` is
 if it comes near the latencies, the client is too slow and the figures are its own.
 """
 
-import sys
+import runpy
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+runpy.run_path(str(Path(__file__).resolve().parent.parent / "common" / "environment.py"))
 
 import argparse
 import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -15,10 +15,10 @@ How to read it: `holds` and `fails` were measured, `n/a` says why this machine c
 measured says which script would. Exit status 1 if a script failed; the page is written all the same.
 """
 
-import sys
+import runpy
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+runpy.run_path(str(Path(__file__).resolve().parent.parent / "common" / "environment.py"))
 
 import argparse
 

@@ -15,10 +15,10 @@ How to read the tables: TTFT, the time to first token, is mostly waiting. `bound
 first come, first served at worst, and as much more as the priority is worth. `beyond it` counts who waited longer.
 """
 
-import sys
+import runpy
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+runpy.run_path(str(Path(__file__).resolve().parent.parent / "common" / "environment.py"))
 
 import argparse
 import heapq

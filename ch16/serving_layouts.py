@@ -19,12 +19,13 @@ counts requests that met the objective for both TTFT and TPOT. `<- best` is a la
 meets the objective. `client late` is how late the client's own clock was: near TPOT the client is the bottleneck.
 """
 
-import sys
+import runpy
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+runpy.run_path(str(Path(__file__).resolve().parent.parent / "common" / "environment.py"))
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Sequence

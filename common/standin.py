@@ -7,10 +7,10 @@ together, a step takes longer the more of them there are, and the rest waits.
     python3 common/standin.py --port 8001 --step-ms 20 --slots 64
 """
 
-import sys
+import runpy
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+runpy.run_path(str(Path(__file__).with_name("environment.py")))
 
 import argparse
 import asyncio
@@ -20,6 +20,7 @@ import contextlib
 import itertools
 import json
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 

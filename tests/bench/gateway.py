@@ -7,11 +7,11 @@ turns, round after round. At 64 streams there is time to spare; with more, whoev
     python3 tests/bench/gateway.py --json results/cpu/bench_gateway.json
 """
 
-import sys
+import runpy
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+runpy.run_path(str(ROOT / "common" / "environment.py"))
 
 import argparse
 import asyncio
@@ -19,6 +19,7 @@ import contextlib
 import itertools
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 

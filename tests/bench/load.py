@@ -7,16 +7,17 @@ there.)
     python3 tests/bench/load.py --json results/cpu/bench_load.json
 """
 
-import sys
+import runpy
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+runpy.run_path(str(ROOT / "common" / "environment.py"))
 
 import argparse
 import json
 import statistics
 import subprocess
+import sys
 import tempfile
 
 from common import cli, models

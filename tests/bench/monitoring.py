@@ -13,16 +13,17 @@ numbers at each step; that is in the throughput alone.) A second table has what 
     python3 tests/bench/monitoring.py --json results/cpu/bench_monitoring.json
 """
 
-import sys
+import runpy
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+runpy.run_path(str(ROOT / "common" / "environment.py"))
 
 import argparse
 import contextlib
 import runpy
 import statistics
+import sys
 import tempfile
 import threading
 import time

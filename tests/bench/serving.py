@@ -7,16 +7,17 @@ are ratios of medians over the rounds.
     python3 tests/bench/serving.py --json results/cpu/bench_serving.json
 """
 
-import sys
+import runpy
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+runpy.run_path(str(ROOT / "common" / "environment.py"))
 
 import argparse
 import contextlib
 import io
 import statistics
+import sys
 import tempfile
 
 from common import cli, models

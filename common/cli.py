@@ -49,6 +49,7 @@ def standard_parser(doc: str, model_help: str | None = None) -> argparse.Argumen
         common.add_argument("--model", default="auto", help=model_help)
     common.add_argument("--seed", type=non_negative_int, default=0, help="for everything random")
     common.add_argument("--json", type=output_file, metavar="FILE", help="also write what was measured to FILE")
+    common.add_argument("--wide", action="store_true", help="print all columns of the tables, however wide")
     common.add_argument("--plot", type=png_file, metavar="FILE.png", help="also draw it to FILE.png")
     return parser
 

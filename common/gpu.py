@@ -70,6 +70,11 @@ class Machine:
         return "bfloat16" if self.native_bf16 else "float32" if self.device == "cpu" else "float16"
 
     @property
+    def title(self) -> str:
+        """The devices in a few words, for titles."""
+        return named(self.device, self.name, self.count, self.cores)
+
+    @property
     def itemsize(self) -> int:
         """Bytes of a number of this type."""
         return 4 if self.dtype == "float32" else 2
@@ -77,6 +82,11 @@ class Machine:
     def as_dict(self) -> dict:
         """For JSON: the fields above and the versions of the stack."""
         return {**asdict(self), "versions": versions()}
+
+
+def named(device: str, name: str, count: int, cores: int) -> str:
+    """Devices in a few words: "2 x NVIDIA H200", or "AMD EPYC, 2 cores"."""
+    return f"{count} x {name}" if device == "cuda" else f"{name}, {cores} cores"
 
 
 def versions() -> dict[str, str]:

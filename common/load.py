@@ -1,9 +1,10 @@
-"""A wave of load on a vLLM engine in this process, and the field's serving figures of it."""
+"""Load on a vLLM engine in this process, step by step or as a wave, and the field's serving figures of it."""
 
 import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from common.timing import percentile
@@ -28,6 +29,70 @@ def exactly(tokens_out: int, temperature: float = 1.0) -> "SamplingParams":
     )
 
 
+@dataclass(frozen=True)
+class EngineStep:
+    """One step of an engine that gave tokens.
+
+    `ended`: seconds of `time.perf_counter`. `busy_s`: seconds in the engine, with those of the steps before it that
+    gave no token (parts of a long prompt). `requests`: that got a token.
+    """
+
+    ended: float
+    busy_s: float
+    requests: int
+
+
+@dataclass
+class Timeline:
+    """What has happened so far: when requests were sent, when each of their tokens arrived (seconds of
+    `time.perf_counter`, by the name of the request), and the steps.
+
+    `ahead`: steps that the engine has scheduled already when a request is added (asynchronous scheduling).
+    """
+
+    ahead: int = 0
+    sent: dict[str, float] = field(default_factory=dict)
+    arrived: dict[str, list[float]] = field(default_factory=dict)
+    steps: list[EngineStep] = field(default_factory=list)
+
+
+class SteppedEngine:
+    """A vLLM engine in this process, driven step by step, so that a policy can act between two steps.
+
+    engine = SteppedEngine(llm)
+    while waiting or engine.running:
+        for request in policy(waiting, engine.running):
+            engine.add(request.name, request.prompt, exactly(request.tokens_out))
+        engine.step()
+    """
+
+    def __init__(self, llm: "LLM") -> None:
+        self._engine = llm.llm_engine
+        self.timeline = Timeline(ahead=int(bool(self._engine.vllm_config.scheduler_config.async_scheduling)))
+        self.running = 0  # requests that were added and are not finished
+        self._busy_s = 0.0
+
+    def add(self, name: str, prompt: Sequence[int], sampling: "SamplingParams", priority: int = 0) -> None:
+        """Give the engine a request: token ids and what to sample. Its name must be new."""
+        self.timeline.sent[name], self.timeline.arrived[name] = time.perf_counter(), []
+        self._engine.add_request(name, {"prompt_token_ids": prompt}, sampling, priority=priority)
+        self.running += 1
+
+    def step(self) -> list["RequestOutput"]:
+        """One step of the engine: the outputs of the requests that got tokens, each with its new tokens only."""
+        began = time.perf_counter()
+        outputs = self._engine.step()
+        ended = time.perf_counter()
+        self._busy_s += ended - began
+        for output in outputs:
+            self.timeline.arrived[output.request_id].extend([ended] * len(output.outputs[0].token_ids))
+            self.running -= output.finished
+        if outputs:
+            self.timeline.steps.append(EngineStep(ended, self._busy_s, len(outputs)))
+            self._busy_s = 0.0
+        return outputs
+
+
 def send_wave(
     llm: "LLM",
     prompts: Sequence[Sequence[int]],
@@ -46,18 +111,12 @@ def send_wave(
         [N][tokens_out].
     """
     sampling = exactly(tokens_out, temperature)
-    engine = llm.llm_engine
-    sent, arrived = [], [[] for _ in prompts]
+    engine = SteppedEngine(llm)
     for i, prompt in enumerate(prompts):
-        sent.append(time.perf_counter())
-        engine.add_request(str(i), {"prompt_token_ids": prompt}, sampling)
-    while engine.has_unfinished_requests():
-        outputs = engine.step()
-        now = time.perf_counter()
-        for output in outputs:
-            arrived[int(output.request_id)].extend([now] * len(output.outputs[0].token_ids))
-        on_step(outputs)
-    return sent, arrived
+        engine.add(str(i), prompt, sampling)
+    while engine.running:
+        on_step(engine.step())
+    return list(engine.timeline.sent.values()), list(engine.timeline.arrived.values())
 
 
 def summarise(sent: Sequence[float], arrived: Sequence[Sequence[float]], gpus: int) -> dict[str, float]:

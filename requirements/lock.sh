@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Resolve requirements.txt into full, hashed locks:
-#   cpu-torch.lock  torch alone: it may come from PyTorch's own index
-#   cpu.lock        the rest of the CPU stack
-#   gpu.lock        the GPU stack, wheels only
-#   gpu-source.lock what is compiled on the GPU machine, against the torch installed before it
-# Needs network; run it as `make lock` after editing requirements.txt.
+# Resolve the requirements into full, hashed locks:
+#   cpu-torch.lock           torch alone: it may come from PyTorch's own index
+#   cpu.lock                 the rest of the CPU stack
+#   gpu.lock                 the GPU stack, wheels only
+#   transformer-engine.lock  what is compiled on the GPU machine, against the torch installed before it
+# Needs network; run it as `make lock` after editing requirements.txt or requirements/*.txt.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -22,39 +22,21 @@ version = "2.12.0"
 requires-dist = ["torch>=2.1", "einops", "onnxscript", "onnx", "packaging", "pydantic", "nvdlfw-inspect"]
 TOML
 
-# requirements.txt holds two stacks: keep the lines whose marker holds for `extra`.
-stack() {
-    python3 - "$1" <<'PY' >"$work/$1.in"
-import re, sys
-for number, line in enumerate(open("../requirements.txt"), 1):
-    requirement, _, marker = line.split("#")[0].partition(";")
-    wanted = re.fullmatch(r'\s*(?:extra (==|!=) "cpu")?\s*', marker)
-    if wanted is None:
-        sys.exit(f"requirements.txt line {number}: the marker {marker.strip()!r} is neither of the two stacks")
-    if requirement.strip() and wanted[1] in (None, "==" if sys.argv[1] == "cpu" else "!="):
-        print(requirement.strip())
-PY
+compile() { # REQUIREMENTS...: the whole lock on standard output
+    "$work/venv/bin/uv" pip compile -q --config-file "$work/uv.toml" --universal --python-version 3.11 \
+        --generate-hashes --no-header --no-annotate --no-emit-find-links "$@"
 }
-
-compile() { # STACK PYTHON_VERSION: the whole lock on standard output
-    stack "$1"
-    "$work/venv/bin/uv" pip compile -q --config-file "$work/uv.toml" --universal --python-version "$2" \
-        --find-links "${PIP_FIND_LINKS:-https://download.pytorch.org/whl/cpu/torch/}" \
-        --generate-hashes --no-header --no-annotate "$work/$1.in"
-}
-# Split a lock: the entries of the named packages, or (with !) all others.
+# The entries of a lock for the named packages, or (with !) for all others.
 entries() { awk -v names=" ${1#!} " -v invert="$([[ $1 == !* ]] && echo 1 || echo 0)" '
     /^[a-z0-9]/ { split($1, p, "=="); keep = (index(names, " " p[1] " ") > 0) != invert } keep'; }
 
-# Not needed on a CPU: PyPI's torchvision, torchaudio and torchcodec are CUDA builds that break
-# `import transformers` beside a CPU torch; triton (a gigabyte) is named by xgrammar, and vLLM's CPU
-# path runs without it.
+# The locks are installed without following dependencies, so the empty wheels of unneeded/ can stay out.
 echo "cpu"
-compile cpu 3.11 >"$work/cpu.lock"
+compile cpu.txt dev.txt --find-links "${PIP_FIND_LINKS:-https://download.pytorch.org/whl/cpu/torch/}" >"$work/cpu.lock"
 entries "torch" <"$work/cpu.lock" >cpu-torch.lock
-entries "!torch torchvision torchaudio torchcodec triton" <"$work/cpu.lock" >cpu.lock
+entries "!torch torchvision torchaudio torchcodec triton llm llama-cpp-python" <"$work/cpu.lock" >cpu.lock
 echo "gpu"
-compile gpu 3.11 >"$work/gpu.lock"
-entries "transformer-engine-torch" <"$work/gpu.lock" >gpu-source.lock
-entries "!transformer-engine-torch" <"$work/gpu.lock" >gpu.lock
+compile ../requirements.txt transformer-engine.txt dev.txt >"$work/gpu.lock"
+entries "transformer-engine-torch" <"$work/gpu.lock" >transformer-engine.lock
+entries "!transformer-engine-torch llm llama-cpp-python" <"$work/gpu.lock" >gpu.lock
 wc -l ./*.lock

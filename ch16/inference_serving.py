@@ -1,21 +1,20 @@
 """Production serving with vLLM: one script that generates, measures, and serves.
 
 vLLM keeps the KV cache in blocks (PagedAttention), admits requests as slots free up (continuous batching),
-reuses blocks of common prompts (prefix caching) and shards the model over all GPUs (tensor parallelism). It sets
-up its own ranks: nothing has to be initialised by hand.
+reuses the blocks of common prompts (prefix caching) and shards the model over all GPUs (tensor parallelism).
 
-The demo completes the chapter's three prompts, then sends waves of random prompts at growing concurrency and
-reports the best one that meets the latency targets. One GPU is enough to run it, eight show the chapter's
+The demo completes the chapter's three prompts. Then it sends waves of random prompts at growing concurrency and
+reports the best wave that meets the latency targets. One GPU is enough to run it, eight show the chapter's
 claims; a CPU runs the same engine on a small real model.
 
     python3 ch16/inference_serving.py                                        # the demo
     python3 ch16/inference_serving.py --dummy-weights deepseek-coder-33b     # speed of the 33B shape, no download
     python3 ch16/inference_serving.py --serve --port 8000                    # the production server
 
-How to read the table: output tok/s is what you can sell, TTFT what a user waits for the first token, TPOT
-(time per output token after the first) how fast the text flows. More concurrency buys throughput with TPOT:
-`<- best` has the highest throughput of the rows that keep both targets for TPOT, P50 under 50 ms and P99 under
-100 ms. The claims are about a 33B model; of a mixture of experts the parameters that a token uses count.
+How to read the table: TTFT is the time to first token, TPOT the time per output token after the first. More
+concurrency raises throughput, and TPOT with it. `<- best` has the highest throughput of the waves that keep both
+targets for TPOT: P50 under 50 ms and P99 under 100 ms. The claims are about a 33B model; a mixture of experts counts
+by the parameters that a token uses.
 """
 
 import runpy
@@ -28,61 +27,79 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from ch16.parts.inference_serving.bodies import MAX_TOKENS, TEMPERATURE, TOP_P
+from ch16.parts.inference_serving import flags
+from ch16.parts.inference_serving.bodies import TEMPERATURE, TOP_P
+from ch16.parts.inference_serving.picture import plot
+from ch16.parts.inference_serving.process import serve_engine
+from ch16.parts.inference_serving.sizes import ServingSizes, sizes_for
+from ch16.parts.inference_serving.tables import LOAD_COLUMNS, claims, differences
 from common import cli, models, targets
-from common.cli import CannotRun
-from common.engine import as_flags, engine_args, prepare_environment, quiet, start_engine, stop_engine
+from common.engine import exceptions, prepare_environment, quiet, starting_engine, stop_engine
 from common.gpu import DTYPE_NAMES, Machine, UtilizationSampler, detect
 from common.load import random_prompts, send_wave, summarise
 from common.models import Model
-from common.plots import draw, save_plot
-from common.results import Column, Report, Verdict, judge, not_applicable
-from common.server import listen
+from common.results import Report
 
 if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment that prepare_environment sets
     from vllm import LLM
 
-# ---- configuration: the chapter's prompts; its targets are in common/targets.py ----
+# ---- configuration ----
 
-PROMPTS = (
+# The chapter's arguments of LLM(...), for eight GPUs and a 33B model. vLLM starts its own ranks: the chapter's
+# initialize_model_parallel(8) is not needed.
+CHAPTER = {
+    "tensor_parallel_size": 8,  # shard across 8 GPUs
+    "dtype": "auto",  # the checkpoint's BF16; in the chapter's "float16" large activations overflow
+    "max_model_len": 4096,
+    "enforce_eager": False,  # use CUDA graphs
+    "enable_prefix_caching": True,  # cache common prompts
+    "gpu_memory_utilization": 0.90,  # use 90% of GPU memory
+    "quantization": "fp8",  # FP8 for 2x throughput
+    "kv_cache_dtype": "fp8",  # not in the chapter: twice as many tokens fit into the KV cache
+}
+PROMPTS = [
     "def quicksort(arr):",
     "# Binary search implementation\ndef binary_search",
     "class TreeNode:",
-)
+]
+
+# ---- mechanism ----
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """How much the demo does: tokens of a completion, tokens in and out of a load request, first concurrency."""
-
-    completion: int
-    tokens_in: int
-    tokens_out: int
-    first_wave: int
-
-
-def sizes_for(machine: Machine, quick: bool) -> Sizes:
-    """Sizes that fill a GPU, or end in time on two CPU cores."""
-    if machine.device == "cuda":
-        return Sizes(MAX_TOKENS, 256, 128, 64) if quick else Sizes(MAX_TOKENS, 512, 512, 64)
-    return Sizes(48, 32, 32, 8) if quick else Sizes(MAX_TOKENS, 64, 64, 4)
+def settings_for(model: Model, machine: Machine, args: argparse.Namespace, quantization: str) -> dict[str, object]:
+    """The chapter's settings with this machine's exceptions: without a GPU no CUDA graphs, without FP8 units no FP8."""
+    settings = {"model": model.path} | CHAPTER
+    settings |= exceptions(
+        settings,
+        model,
+        machine,
+        quantization=quantization,
+        tensor_parallel=args.tensor_parallel,
+        max_num_seqs=args.max_num_seqs,
+    )
+    return {name: value for name, value in settings.items() if value is not None}  # None: vLLM's default
 
 
-# ---- mechanism: the engine, the completions, one wave of load, the search for the best one ----
+def start(settings: dict[str, object]) -> tuple["LLM", float]:
+    """The engine, and the seconds it took to start."""
+    with starting_engine(settings) as clock:
+        from vllm import LLM
+
+        llm = LLM(**settings, use_tqdm_on_load=False)
+    return llm, clock()
 
 
 def complete(llm: "LLM", max_tokens: int, seed: int) -> None:
     """Print each of the chapter's prompts with its completion."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=TEMPERATURE, top_p=TOP_P, max_tokens=max_tokens, seed=seed)
+    sampling_params = SamplingParams(temperature=TEMPERATURE, top_p=TOP_P, max_tokens=max_tokens, seed=seed)
     started = time.perf_counter()
-    outputs = llm.generate(list(PROMPTS), sampling, use_tqdm=sys.stderr.isatty())
+    outputs = llm.generate(PROMPTS, sampling_params, use_tqdm=sys.stderr.isatty())
     seconds = time.perf_counter() - started
     for output in outputs:
         print(f"\nPrompt: {output.prompt}\nGenerated: {output.outputs[0].text}")
@@ -137,30 +154,14 @@ def best_row(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return min(rows, key=lambda row: row["tpot_p99_ms"])
 
 
-# ---- measurement: the load phase and its claims ----
-
-LOAD_COLUMNS = (
-    Column("precision", "precision"),
-    Column("concurrency", "concurrency", "d"),
-    Column("tokens_per_s", "output tok/s", ",.0f"),
-    Column("ttft_p50_ms", "TTFT P50 ms", ",.0f"),
-    Column("ttft_p99_ms", "TTFT P99 ms", ",.0f"),
-    Column("tpot_p50_ms", "TPOT P50 ms", ".1f"),
-    Column("tpot_p99_ms", "TPOT P99 ms", ".1f"),
-    Column("itl_p99_ms", "ITL P99 ms", ".1f"),
-    Column("e2e_p50_ms", "E2E P50 ms", ",.0f"),
-    Column("e2e_p99_ms", "E2E P99 ms", ",.0f"),
-    Column("utilization", "GPU busy %", ".0f"),
-    Column("best", ""),
-)
+# ---- measurement ----
 
 
 def capacity(llm: "LLM", tokens: int) -> int:
     """How many sequences of `tokens` tokens run at once: KV blocks and batch slots, whichever ends first."""
     config = llm.llm_engine.vllm_config
-    blocks = config.cache_config.num_gpu_blocks
-    each = math.ceil(tokens / config.cache_config.block_size)
-    return max(1, min(config.scheduler_config.max_num_seqs, blocks // each))
+    blocks = math.ceil(tokens / config.cache_config.block_size)
+    return max(1, min(config.scheduler_config.max_num_seqs, config.cache_config.num_gpu_blocks // blocks))
 
 
 def precision_name(llm: "LLM") -> str:
@@ -170,8 +171,9 @@ def precision_name(llm: "LLM") -> str:
     return config.quantization.upper() if config.quantization else DTYPE_NAMES[dtype]
 
 
-def measure_load(llm: "LLM", model: Model, machine: Machine, sizes: Sizes, seed: int) -> list[dict]:
-    """Waves of random prompts at growing concurrency; rows as in LOAD_COLUMNS."""
+def measure_waves(llm: "LLM", model: Model, machine: Machine, sizes: ServingSizes, seed: int) -> list[dict]:
+    """Waves of random prompts at growing concurrency. Keys: those of `summarise`, `utilization` and `best`."""
+    ranks = llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
 
     def wave(concurrency: int) -> dict[str, float]:
         prompts = random_prompts(concurrency, sizes.tokens_in, model.vocab_size, seed + concurrency)
@@ -186,206 +188,82 @@ def measure_load(llm: "LLM", model: Model, machine: Machine, sizes: Sizes, seed:
             )
         return summarise(sent, arrived, ranks) | {"utilization": gpu.mean}
 
-    ranks = llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
-    first = sizes.first_wave
-    send_wave(llm, random_prompts(first, sizes.tokens_in, model.vocab_size, seed), 8)  # warm up
-    rows = search_concurrency(wave, first, capacity(llm, sizes.tokens_in + sizes.tokens_out))
+    send_wave(llm, random_prompts(sizes.first_wave, sizes.tokens_in, model.vocab_size, seed), 8)  # warm up
+    rows = search_concurrency(wave, sizes.first_wave, capacity(llm, sizes.tokens_in + sizes.tokens_out))
     best = best_row(rows)
-    marks = {best["concurrency"]: "<- best" if meets_targets(best) else "<- misses the targets"}
-    return [row | {"best": marks.get(row["concurrency"], "")} for row in rows]
+    mark = "<- best" if meets_targets(best) else "<- misses the targets"
+    return [row | {"best": mark if row is best else ""} for row in rows]
 
 
-def claims(best: dict[str, float], model: Model, machine: Machine, gpus: int) -> list[Verdict]:
-    """S1 to S4 from the best wave on `gpus` of the machine's GPUs."""
-    throughput, per_gpu = best["tokens_per_s"], best["tokens_per_s_gpu"]
-    s1 = f"{throughput:,.0f} tok/s"
-    if machine.device == "cpu":
-        reason = f"the claim is about GPUs and a 33B model; this is a CPU and {model.name}"
-        s2, s3, _ = targets.judged(best)
-        latencies = [not_applicable(v.claim, reason, v.measured) for v in (s2, s3)]
-        return [not_applicable("S1", reason, s1), *latencies, not_applicable("S4", "there is no GPU")]
-    share = targets.TOKENS_PER_S / targets.GPUS
-    s1 += f" on {gpus}; per GPU {per_gpu:,.0f}, an eighth of the claim is {share:,.0f}"
-    verdicts = targets.judged(best)
-    reason = targets.another_model(model)
-    if reason:
-        verdicts = [not_applicable(v.claim, reason, v.measured) for v in verdicts]
-    elif gpus >= targets.GPUS:
-        return [judge("S1", throughput >= targets.TOKENS_PER_S, s1), *verdicts]
-    else:
-        reason = f"the claim is about {targets.GPUS} GPUs, this was measured on {gpus}"
-    return [not_applicable("S1", reason, s1), *verdicts]
+def measure(
+    results: Report, engines: Sequence[dict], model: Model, machine: Machine, sizes: ServingSizes
+) -> tuple[list[dict], list[dict]]:
+    """One engine after the other: completions once, then waves. Returns all rows, and the best row of each engine."""
+    rows, bests, seed = [], [], results.settings["seed"]
+    for settings in engines:
+        llm, seconds = start(settings)
+        name = precision_name(llm)
+        print(f"engine ready in {seconds:.0f} s ({name})", flush=True)
+        if not model.dummy and not rows:
+            complete(llm, sizes.completion, seed)
+        waves = measure_waves(llm, model, machine, sizes, seed)
+        rows += [row | {"precision": name, "engine_start_s": seconds} for row in waves]
+        bests.append(best_row(waves))
+        stop_engine(llm)
+    title = f"Waves of random prompts, {sizes.tokens_in} tokens in and {sizes.tokens_out} out, {model.name}"
+    results.table("load", title, rows, LOAD_COLUMNS)
+    return rows, bests
 
 
-def plot(path: str, rows: Sequence[dict], title: str) -> None:
-    """Throughput and TPOT P99 over concurrency, one line a precision, with the target drawn in."""
-    figure, (left, right) = draw(2)
-    for precision in dict.fromkeys(row["precision"] for row in rows):
-        line = [row for row in rows if row["precision"] == precision]
-        x = [row["concurrency"] for row in line]
-        (curve,) = left.plot(x, [row["tokens_per_s"] for row in line], "o-", label=precision)
-        style = {"color": curve.get_color(), "marker": "o"}
-        right.plot(x, [row["tpot_p50_ms"] for row in line], "--", label=f"{precision} P50", **style)
-        right.plot(x, [row["tpot_p99_ms"] for row in line], "-", label=f"{precision} P99", **style)
-    right.axhline(targets.TPOT_P50_MS, color="grey", linestyle=":", label="target P50")
-    right.axhline(targets.TPOT_P99_MS, color="black", linestyle=":", label="target P99")
-    left.set(title="output tokens/s", xlabel="requests at once", ylim=(0, None))
-    right.set(title="time per output token, ms", xlabel="requests at once", ylim=(0, None))
-    left.legend()
-    right.legend()
-    figure.suptitle(title)
-    save_plot(figure, path)
+# ---- main ----
 
 
-def require_two_precisions(model: Model, machine: Machine) -> None:
-    """Whether BF16 and FP8 can both be measured.
-
-    Raises:
-        CannotRun: the GPU does not compute FP8, or the checkpoint has a precision of its own.
-    """
-    if not machine.native_fp8:
-        raise CannotRun(f"{machine.name} has no FP8 units (Ada, Hopper and newer GPUs do); leave --compare-bf16 out")
-    if "quantization_config" in model.config:
-        raise CannotRun(f"{model.name} is quantized already and runs as it is; --compare-bf16 needs a model in BF16")
+def report(
+    results: Report, rows: list[dict], bests: list[dict], model: Model, machine: Machine, args: argparse.Namespace
+) -> None:
+    """Print FP8 against BF16 and the claims; write JSON and picture."""
+    if len(bests) == 2:
+        ratio = bests[1]["tokens_per_s"] / bests[0]["tokens_per_s"]
+        print(f"\nFP8 over BF16, each at its best concurrency: {ratio:.2f}x output tok/s")
+    results.claims(claims(bests[-1], model, machine, results.settings["tensor_parallel"]))
+    results.save(args.json)
+    if args.plot:
+        plot(args.plot, rows, bests[-1], model.name, machine)
 
 
 def demo(args: argparse.Namespace) -> int:
     """Complete the chapter's prompts, measure, print the claims."""
     machine = detect(args.device)
     quiet()
-    ranks = args.tensor_parallel or 1
-    prepare_environment(machine, ranks)
-    model = models.chosen(args, machine)
-    sizes = sizes_for(machine, args.quick)
-    precisions = [args.quantization]
-    if args.compare_bf16:
-        require_two_precisions(model, machine)
-        precisions = ["none", "fp8"]
-    settings = [
-        engine_args(
-            model,
-            machine,
-            quantization=precision,
-            tensor_parallel=args.tensor_parallel,
-            max_num_seqs=args.max_num_seqs,
-        )
-        for precision in precisions
-    ]
+    prepare_environment(machine, args.tensor_parallel or 1)
+    model, sizes = models.chosen(args, machine), sizes_for(machine, args.quick)
+    engines = [settings_for(model, machine, args, name) for name in flags.precisions(args, model, machine)]
 
-    shown = {"model": model.name, "dummy_weights": model.dummy, **vars(sizes), "seed": args.seed}
-    shown["tensor_parallel"] = settings[0]["tensor_parallel_size"]
-    report = Report("inference_serving.py", machine, shown)
-    report.print_card()
+    recorded = {"model": model.name, "dummy_weights": model.dummy, **vars(sizes), "seed": args.seed}
+    recorded["tensor_parallel"] = engines[0]["tensor_parallel_size"]
+    results = Report("inference_serving.py", machine, recorded, wide=args.wide)
+    results.print_card()
     print(f"model:   {model.name}{' (random weights: speed only)' if model.dummy else ''}")
     if model.note:
         print(f"         {model.note}")
-
-    rows, bests = [], []
-    for setting in settings:
-        llm, seconds = start_engine(setting)
-        name = precision_name(llm)
-        print(f"engine ready in {seconds:.0f} s ({name})", flush=True)
-        if not model.dummy and not rows:
-            complete(llm, sizes.completion, args.seed)
-        measured = measure_load(llm, model, machine, sizes, args.seed)
-        rows += [row | {"precision": name, "engine_start_s": seconds} for row in measured]
-        bests.append(best_row(measured))
-        stop_engine(llm)
-
-    title = f"Waves of random prompts, {sizes.tokens_in} tokens in and {sizes.tokens_out} out, {model.name}"
-    report.table("load", title, rows, LOAD_COLUMNS)
-    if args.compare_bf16:
-        bf16, fp8 = bests
-        ratio = fp8["tokens_per_s"] / bf16["tokens_per_s"]
-        print(f"\nFP8 over BF16, each at its best concurrency: {ratio:.2f}x output tok/s")
-    report.claims(claims(bests[-1], model, machine, shown["tensor_parallel"]))
-    report.save(args.json)
-    if args.plot:
-        plot(args.plot, rows, f"{model.name} on {shown['tensor_parallel']} x {machine.name}")
+    print(f"engine:  {differences(engines[-1], CHAPTER)}")
+    rows, bests = measure(results, engines, model, machine, sizes)
+    report(results, rows, bests, model, machine, args)
     return 0
 
 
-# ---- the server ----
-
-
 def serve(args: argparse.Namespace, vllm_flags: Sequence[str]) -> int:
-    """vLLM's OpenAI-compatible server with the chapter's settings, in our layer (`ch16/parts/inference_serving`)."""
+    """vLLM's OpenAI-compatible server with the same settings, in our layer (`ch16/parts/inference_serving`)."""
     machine = detect(args.device)
     prepare_environment(machine, args.tensor_parallel or 1)
     model = models.chosen(args, machine)
-    settings = engine_args(
-        model,
-        machine,
-        quantization=args.quantization,
-        tensor_parallel=args.tensor_parallel,
-        max_num_seqs=args.max_num_seqs,
-    )
-
-    # The port is taken, and answers "loading", before the minutes of loading begin.
-    from ch16.parts.inference_serving.layer import ServerSettings
-    from ch16.parts.inference_serving.process import LoadingResponder, run_until_stopped
-
-    listener = listen(args.host, args.port)
-    responder = LoadingResponder(listener)
-    chapter = ServerSettings(
-        max_queue=args.max_queue,
-        max_body_bytes=args.max_body_bytes,
-        max_prompt_chars=args.max_prompt_chars,
-        drain_timeout_s=args.drain_timeout,
-        on_ready=responder.stop,
-    )
-    flags = [
-        *as_flags(settings),
-        *("--host", args.host, "--port", str(args.port)),
-        *("--served-model-name", model.name),
-        *("--seed", str(args.seed)),
-        *("--scheduling-policy", "priority"),  # without priorities in the requests the same as first come first served
-        *("--middleware", "ch16.parts.inference_serving.layer.ServingLayer"),
-        "--enable-request-id-headers",
-        "--disable-uvicorn-access-log",
-    ]
-    return run_until_stopped([*flags, *vllm_flags], chapter, listener)
+    return serve_engine(settings_for(model, machine, args, args.quantization), model.name, args, vllm_flags)
 
 
 def main() -> int:
-    """Parse the flags, then demo or serve."""
-    parser = cli.standard_parser(
-        __doc__, model_help="auto, bundled, a folder, or a hub id such as deepseek-ai/deepseek-coder-6.7b-instruct"
-    )
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--demo", action="store_true", help="completions, load, claims (also without any flag)")
-    mode.add_argument("--serve", action="store_true", help="the HTTP server; flags not listed here go to vLLM's")
-    engine = parser.add_argument_group("engine")
-    models.dummy_weights_flag(engine)
-    engine.add_argument(
-        "--quantization", choices=("auto", "fp8", "none"), default="auto", help="auto: FP8 where the GPU computes it"
-    )
-    engine.add_argument("--tensor-parallel", type=cli.positive_int, metavar="N", help="default: all GPUs")
-    engine.add_argument("--max-num-seqs", type=cli.positive_int, metavar="N", help="sequences decoded together")
-    engine.add_argument("--compare-bf16", action="store_true", help="demo: measure BF16 and FP8 in the same run")
-    server = parser.add_argument_group("server")
-    server.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines")
-    server.add_argument("--port", type=int, default=8000, help="answers from the first second on, also while loading")
-    server.add_argument("--max-queue", type=cli.non_negative_int, default=256, help="sequences that may wait; then 429")
-    server.add_argument("--max-body-bytes", type=cli.positive_int, default=4 << 20, help="larger bodies get 413")
-    server.add_argument(
-        "--max-prompt-chars", type=cli.non_negative_int, default=0, help="0: 32 for each token of the context"
-    )
-    server.add_argument(
-        "--drain-timeout",
-        type=cli.non_negative_float,
-        default=30.0,
-        metavar="S",
-        help="after SIGTERM, for requests in flight",
-    )
-    args, unknown = parser.parse_known_args()
-    if unknown and not args.serve:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if args.serve and (args.json or args.plot or args.compare_bf16 or args.quick):
-        parser.error("--quick, --json, --plot and --compare-bf16 belong to the demo")
-    if args.compare_bf16 and args.quantization != "auto":
-        parser.error("--compare-bf16 measures both precisions; leave --quantization out")
-    return serve(args, unknown) if args.serve else demo(args)
+    """Demo or server."""
+    args, vllm_flags = flags.parse(__doc__)
+    return serve(args, vllm_flags) if args.serve else demo(args)
 
 
 if __name__ == "__main__":

@@ -195,16 +195,10 @@ def claims(best: dict, layout: Layout, model: Model | None, machine: Machine) ->
     throughput = best["tokens_per_s"]
     s1 = judge("S1", throughput >= targets.TOKENS_PER_S, f"{throughput:,.0f} tok/s as {layout}")
     verdicts = [s1, *targets.judged(best)]
-    if model is None:
-        reason = "the replicas were stand-ins"
-    elif machine.device == "cpu":
-        reason = f"the claim is about GPUs and a 33B model; this is a CPU and {model.name}"
-    elif smaller := targets.another_model(model):
-        reason = smaller
-    elif layout.devices < targets.GPUS:
-        reason = f"the claim is about {targets.GPUS} GPUs, this was measured on {layout.devices}"
-    else:
+    reason = "the replicas were stand-ins" if model is None else targets.why_not_judged(model, machine)
+    if not reason and layout.devices >= targets.GPUS:
         return verdicts
+    reason = reason or f"the claim is about {targets.GPUS} GPUs, this was measured on {layout.devices}"
     return [not_applicable(v.claim, v.reason or reason, v.measured) for v in verdicts]
 
 

@@ -3,10 +3,12 @@
 Call `prepare_environment` before anything imports vllm (it reads its environment at import).
 """
 
+import contextlib
 import gc
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from common.cli import CannotRun, first_line
@@ -94,10 +96,49 @@ def engine_args(
     """Arguments for `vllm.LLM` (or, as flags, for vLLM's server): the chapter's settings on this machine.
 
     Args:
-        quantization: "auto" (FP8 where the GPU computes it), "fp8" or "none". FP8 weights bring an FP8 KV cache.
-        tensor_parallel: GPUs (or CPU ranks) one copy of the model is sharded over; default: as many as it divides into.
         max_model_len: longest prompt plus answer in tokens, cut to what the model can.
+
+    The others, and what is raised: see `exceptions`.
+    """
+    settings: dict[str, object] = {
+        "model": model.path,
+        "max_model_len": max_model_len,
+        "enable_prefix_caching": True,
+        "enforce_eager": False,
+        "gpu_memory_utilization": GPU_MEMORY_UTILIZATION,
+        "quantization": "fp8",
+        "kv_cache_dtype": "fp8",
+    }
+    settings |= exceptions(
+        settings,
+        model,
+        machine,
+        quantization=quantization,
+        tensor_parallel=tensor_parallel,
+        max_num_seqs=max_num_seqs,
+    )
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def exceptions(
+    settings: Mapping[str, object],
+    model: Model,
+    machine: Machine,
+    *,
+    quantization: str = "auto",
+    tensor_parallel: int | None = None,
+    max_num_seqs: int | None = None,
+) -> dict[str, object]:
+    """What differs from `settings`, made for GPUs with FP8, for this model on this machine.
+
+    Args:
+        settings: arguments for `vllm.LLM`; `max_model_len` and `gpu_memory_utilization` are needed.
+        quantization: "auto" (FP8 where the GPU computes it), "fp8" or "none". FP8 weights bring an FP8 KV cache.
+        tensor_parallel: GPUs (or CPU ranks) per copy of the model; default: as many as the model divides into.
         max_num_seqs: sequences decoded together; default: vLLM's choice on a GPU, 32 on a CPU.
+
+    Returns:
+        Arguments that replace those of `settings`. None leaves one to vLLM's default.
 
     Raises:
         CannotRun: FP8 without FP8 units, more ranks than GPUs or than the model divides into, or weights larger than
@@ -106,63 +147,58 @@ def engine_args(
     # A checkpoint that is quantized already (AWQ, GPTQ, FP8, ...) says so itself, and is left as it is.
     fp8 = "quantization_config" not in model.config and use_fp8(machine, quantization)
     on_gpu = machine.device == "cuda"
-    ranks = tensor_parallel or (tensor_parallel_size(model.config, machine.count) if on_gpu else 1)
+    gpus = min(machine.count, settings.get("tensor_parallel_size", machine.count))
+    ranks = tensor_parallel or (tensor_parallel_size(model.config, gpus) if on_gpu else 1)
     if on_gpu and ranks > machine.count:
         raise CannotRun(f"tensor parallelism over {ranks} GPUs, but this machine has {machine.count}")
     if why := why_not_sharded(model.config, ranks):
         raise CannotRun(f"{model.name} cannot be sharded: {why}")
-    _check_memory(model, machine, ranks, bytes_per_weight=1 if fp8 else machine.itemsize)
+    usable = machine.memory_bytes * settings["gpu_memory_utilization"]
+    _check_memory(model, machine, ranks, usable, bytes_per_weight=1 if fp8 else machine.itemsize)
 
-    args: dict[str, object] = {
-        "model": model.path,
-        "tensor_parallel_size": ranks,
-        "max_model_len": min(max_model_len, model.max_context),
-        "enable_prefix_caching": True,
-        # CUDA graphs on GPUs; a CPU has no launches to save, and compiling would only delay the start.
-        "enforce_eager": not on_gpu,
-    }
-    if on_gpu:
-        args["gpu_memory_utilization"] = GPU_MEMORY_UTILIZATION
-    else:  # VLLM_CPU_KVCACHE_SPACE, where a user has set it, goes before
-        args["kv_cache_memory_bytes"] = _cpu_cache_bytes(model, machine, args["max_model_len"])
+    longest = min(settings["max_model_len"], model.max_context)
+    changes: dict[str, object] = {"tensor_parallel_size": ranks, "max_model_len": longest}
+    if not on_gpu:
+        changes["enforce_eager"] = True  # no kernel launches to save, and compiling would delay the start
+        changes["gpu_memory_utilization"] = None
+        # VLLM_CPU_KVCACHE_SPACE, where a user has set it, goes before
+        changes["kv_cache_memory_bytes"] = _cpu_cache_bytes(model, machine, longest)
         if ranks == 1 and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
-            args["distributed_executor_backend"] = "uni"
+            changes["distributed_executor_backend"] = "uni"
     if not machine.native_bf16:  # else as the checkpoint says
-        args["dtype"] = machine.dtype
-    if fp8:
-        args |= {"quantization": "fp8", "kv_cache_dtype": "fp8"}
+        changes["dtype"] = machine.dtype
+    if not fp8:
+        changes |= {"quantization": None, "kv_cache_dtype": None}
     if max_num_seqs or not on_gpu:
-        args["max_num_seqs"] = max_num_seqs or 32
+        changes["max_num_seqs"] = max_num_seqs or 32
     if model.dummy:
-        args |= {"load_format": "dummy", "skip_tokenizer_init": True}
-    return args
+        changes |= {"load_format": "dummy", "skip_tokenizer_init": True}
+    return changes
 
 
 def _cpu_cache_bytes(model: Model, machine: Machine, longest: int) -> int:
-    """KV cache of a rank; more than the default where a sequence of `longest` tokens would not have room in that."""
+    """KV cache per rank: the default, or more where a sequence of `longest` tokens needs it."""
     try:
-        each = kv_bytes_per_token(model.config, machine.itemsize)
+        token = kv_bytes_per_token(model.config, machine.itemsize)
     except KeyError:  # a config of another family
         return CPU_KV_CACHE_BYTES
     spare = 2 * 128  # a block of vLLM-CPU that is not filled, and one that it keeps for itself
-    return max(CPU_KV_CACHE_BYTES, (longest + spare) * each)
+    return max(CPU_KV_CACHE_BYTES, (longest + spare) * token)
 
 
-def _check_memory(model: Model, machine: Machine, ranks: int, bytes_per_weight: int) -> None:
+def _check_memory(model: Model, machine: Machine, ranks: int, usable: float, bytes_per_weight: int) -> None:
     parameters = parameter_count(model.config)
     if parameters is None or "quantization_config" in model.config:
         return
     if machine.device == "cpu":
         ranks = 1  # they share the RAM
     weights = parameters * bytes_per_weight / ranks
-    room = machine.memory_bytes * GPU_MEMORY_UTILIZATION
-    if weights > room:
-        each = f" on each of {ranks} GPUs" if ranks > 1 else ""
-        device = "this machine" if machine.device == "cpu" else "a GPU"
-        more = "" if machine.device == "cpu" else " or more GPUs"
+    if weights > usable:
+        place = f" on each of {ranks} GPUs" if ranks > 1 else ""
+        device, remedy = ("this machine", "") if machine.device == "cpu" else ("a GPU", " or more GPUs")
         raise CannotRun(
-            f"{model.name} does not fit: {weights / 2**30:.0f} GiB of weights{each}, "
-            f"{device} has {room / 2**30:.0f} GiB to use; take a smaller --model{more}"
+            f"{model.name} does not fit: {weights / 2**30:.0f} GiB of weights{place}, "
+            f"{device} has {usable / 2**30:.0f} GiB to use; take a smaller --model{remedy}"
         )
 
 
@@ -180,17 +216,24 @@ def as_flags(args: dict[str, object]) -> list[str]:
     return flags
 
 
-def start_engine(settings: dict[str, object]) -> tuple["LLM", float]:
-    """A vLLM engine and the seconds it took to start."""
+@contextlib.contextmanager
+def starting_engine(settings: Mapping[str, object]) -> Iterator[Callable[[], float]]:
+    """Around a call of `vllm.LLM`: announces it, yields a clock (seconds since), reports a failure in one line."""
     started = time.perf_counter()
     print(f"\nstarting vLLM (tensor parallel {settings['tensor_parallel_size']}) ...", file=sys.stderr, flush=True)
     try:
+        yield lambda: time.perf_counter() - started
+    except Exception as error:
+        raise CannotRun(f"vLLM did not start: {first_line(error)} (VLLM_LOGGING_LEVEL=INFO shows its log)") from None
+
+
+def start_engine(settings: Mapping[str, object]) -> tuple["LLM", float]:
+    """A vLLM engine and the seconds it took to start."""
+    with starting_engine(settings) as clock:
         import vllm
 
         llm = vllm.LLM(**settings, use_tqdm_on_load=False)
-    except Exception as error:
-        raise CannotRun(f"vLLM did not start: {first_line(error)} (VLLM_LOGGING_LEVEL=INFO shows its log)") from None
-    return llm, time.perf_counter() - started
+    return llm, clock()
 
 
 def stop_engine(llm: "LLM") -> None:

@@ -1,16 +1,17 @@
-"""The chapter's targets for a server, claims S1 to S4: what they ask for, and of which models.
+"""The chapter's performance targets, claims S1 to S4: what they ask for, and of which models.
 
-The 33B model of the claims is dense. Of a mixture of experts the parameters that a token uses are counted, not all:
-they decide how much there is to compute for a token. 30B parameters of which a token uses 3B say nothing about 33B.
+The 33B model of the claims is dense. A mixture of experts counts by the parameters that a token uses: they decide how
+much there is to compute per token. A 30B model whose tokens use 3B parameters says nothing about 33B.
 """
 
 from collections.abc import Mapping
 
+from common.gpu import Machine
 from common.models import Model, parameter_count
 from common.results import Verdict, judge, not_applicable
 
 GPUS = 8
-PARAMETERS = 30e9  # at least so many
+PARAMETERS = 30e9  # at least
 TOKENS_PER_S = 15_000  # S1: output tokens, on all GPUs together
 TPOT_P50_MS, TPOT_P99_MS = 50.0, 100.0  # S2, S3: under
 UTILIZATION = (85.0, 95.0)  # S4: percent
@@ -33,8 +34,10 @@ def judged(row: Mapping[str, float | None]) -> list[Verdict]:
     return [*latencies, judge("S4", low <= busy <= high, f"{busy:.0f}%")]
 
 
-def another_model(model: Model) -> str:
-    """Why the claims are not about this model, which is too small or of unknown size; empty if they are."""
+def why_not_judged(model: Model, machine: Machine) -> str:
+    """Why the claims are not about this model on this machine; empty if they are."""
+    if machine.device == "cpu":
+        return f"the claim is about GPUs and a 33B model; this is a CPU and {model.name}"
     active, total = parameter_count(model.config, active=True), parameter_count(model.config)
     if active is not None and active >= PARAMETERS:
         return ""

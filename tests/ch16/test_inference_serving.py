@@ -1,5 +1,7 @@
+import argparse
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,21 +9,45 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ch16 import inference_serving as serving
-from common.cli import CannotRun
+from common.engine import engine_args
 from common.gpu import Machine, Peak
 from common.models import SHAPES, Model
 
 SCRIPT = str(Path(serving.__file__))
-H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", 1, 80 << 30, 16, (9, 0), True, True, Peak())
 EIGHT = Machine("cuda", "NVIDIA H100 80GB HBM3", 8, 80 << 30, 16, (9, 0), True, True, Peak())
 CPU = Machine("cpu", "a CPU", 1, 16 << 30, 2, None, True, False, Peak())
 LARGE = Model("p", "deepseek-coder-33b", SHAPES["deepseek-coder-33b"], dummy=True)
-SMALL = Model("p", "llama-3-8b", SHAPES["llama-3-8b"], dummy=True)
+TINY = Model("p", "tiny-llama", SHAPES["tiny-llama"], dummy=True)
 
 
 def run(*flags):
     command = [sys.executable, SCRIPT, *flags]  # what is not refused would serve for ever
     return subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120, check=False)
+
+
+# ---- the chapter's settings, and the machine's exceptions ----
+
+
+def settings(model, machine):
+    asked = argparse.Namespace(tensor_parallel=None, max_num_seqs=None)
+    return serving.settings_for(model, machine, asked, "auto")
+
+
+def test_eight_gpus_with_fp8_run_the_chapters_call():
+    checkpoint = replace(LARGE, dummy=False)
+    assert settings(checkpoint, EIGHT) == serving.CHAPTER | {"model": "p"}
+
+
+@pytest.mark.parametrize(("model", "machine"), [(LARGE, EIGHT), (TINY, CPU), (TINY, replace(CPU, native_bf16=False))])
+def test_the_settings_are_those_of_the_other_scripts(model, machine):
+    assert settings(model, machine) == {"dtype": "auto"} | engine_args(model, machine)
+
+
+def test_a_changed_setting_is_used(monkeypatch):
+    monkeypatch.setitem(serving.CHAPTER, "tensor_parallel_size", 4)
+    monkeypatch.setitem(serving.CHAPTER, "max_model_len", 512)
+    found = settings(LARGE, EIGHT)
+    assert (found["tensor_parallel_size"], found["max_model_len"]) == (4, 512)
 
 
 # ---- the search for the best concurrency ----
@@ -54,53 +80,6 @@ def test_search_finds_the_knee(knee, first, limit):
 def test_if_nothing_meets_the_targets_the_least_bad_is_shown():
     rows = serving.search_concurrency(machine_with_knee(0, []), 4, 64)
     assert not serving.meets_targets(serving.best_row(rows))
-
-
-# ---- the claims ----
-
-
-def best(tokens_per_s=5000.0, p50=40.0, p99=60.0, busy=90.0, gpus=1):
-    return {
-        "tokens_per_s": tokens_per_s,
-        "tokens_per_s_gpu": tokens_per_s / gpus,
-        "tpot_p50_ms": p50,
-        "tpot_p99_ms": p99,
-        "utilization": busy,
-    }
-
-
-def verdicts(*args):
-    return {v.claim: v.verdict for v in serving.claims(*args)}
-
-
-def test_claims_on_a_cpu_are_never_decided():
-    assert set(verdicts(best(), SMALL, CPU, 1).values()) == {"n/a"}
-    assert all(v.reason for v in serving.claims(best(), SMALL, CPU, 1))
-
-
-@pytest.mark.parametrize("shape", ["llama-3-8b", "qwen3-30b-a3b", "mixtral-8x7b"])
-def test_claims_of_a_model_that_computes_less_are_never_decided(shape):
-    """Of a mixture of experts what a token uses is counted: 3B of the 30B, 13B of the 47B."""
-    found = serving.claims(best(20_000.0), Model("p", shape, SHAPES[shape]), EIGHT, 8)
-    assert {v.verdict for v in found} == {"n/a"} and all(f"this is {shape}" in v.reason for v in found)
-
-
-@pytest.mark.parametrize(
-    ("row", "machine", "expected"),
-    [
-        (best(), H100, {"S1": "n/a", "S2": "holds", "S3": "holds", "S4": "holds"}),
-        (best(16000.0, gpus=8), EIGHT, {"S1": "holds", "S2": "holds", "S3": "holds", "S4": "holds"}),
-        (best(14999.0, 50.0, 100.0, 99.0, 8), EIGHT, dict.fromkeys(("S1", "S2", "S3", "S4"), "fails")),
-        (best(busy=None), H100, {"S1": "n/a", "S2": "holds", "S3": "holds", "S4": "n/a"}),
-        (best(busy=0.0), H100, {"S1": "n/a", "S2": "holds", "S3": "holds", "S4": "fails"}),
-    ],
-)
-def test_claims_of_the_33b_model(row, machine, expected):
-    assert verdicts(row, LARGE, machine, machine.count) == expected
-
-
-def test_four_of_eight_gpus_do_not_decide_s1():
-    assert verdicts(best(16000.0, gpus=4), LARGE, EIGHT, 4)["S1"] == "n/a"
 
 
 # ---- the command line ----
@@ -146,13 +125,6 @@ def test_failures_are_one_line_and_exit_with_1(flags, message):
     done = run(*flags)
     assert done.returncode == 1 and message in done.stderr
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
-
-
-def test_a_checkpoint_that_is_quantized_already_cannot_be_compared():
-    awq = Model("p", "awq-model", SHAPES["llama-3-8b"] | {"quantization_config": {"quant_method": "awq"}})
-    with pytest.raises(CannotRun, match="awq-model is quantized already"):
-        serving.require_two_precisions(awq, H100)
-    serving.require_two_precisions(SMALL, H100)
 
 
 def test_help_shows_every_flag_and_its_default():

@@ -1,8 +1,10 @@
 import pytest
 
 from common import targets
+from common.gpu import Machine
 from common.models import SHAPES, Model
 
+H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", 8, 80 << 30, 16, (9, 0), True, True)
 ROW = {"tpot_p50_ms": 49.9, "tpot_p99_ms": 99.9, "utilization": 85.0}
 
 
@@ -32,9 +34,9 @@ def test_latency_and_utilization(change, verdicts):
     ],
 )
 def test_the_claims_are_about_what_a_token_uses(shape, reason):
-    found = targets.another_model(Model("p", shape, SHAPES[shape]))
+    found = targets.why_not_judged(Model("p", shape, SHAPES[shape]), H100)
     assert found.endswith(reason) and bool(found) == bool(reason)
 
 
 def test_a_model_of_unknown_size_decides_nothing():
-    assert "of unknown size" in targets.another_model(Model("p", "new", {"model_type": "new"}))
+    assert "of unknown size" in targets.why_not_judged(Model("p", "new", {"model_type": "new"}), H100)

@@ -1,5 +1,6 @@
 """The server process: its port, an answer while the model loads, vLLM's server until a signal stops it."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -8,20 +9,22 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import psutil
 
 from ch16.parts.inference_serving.layer import ServerSettings
 from common.cli import CannotRun, first_line
+from common.engine import as_flags
+from common.server import listen
 
 
 class LoadingResponder:
     """Answers on the server's socket while vLLM loads: alive, not ready.
 
     vLLM listens only once its engine is up, minutes later. Until then a probe would be refused, which looks
-    like a dead process. This thread answers on the same socket and leaves it to uvicorn on `stop()`; a
-    connection that comes in between waits in the socket's backlog.
+    like a dead process. This thread answers on the same socket and leaves it to uvicorn on `stop()`. A connection that
+    arrives in between waits in the socket's backlog.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -65,6 +68,35 @@ class LoadingResponder:
             f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
             f"retry-after: 5\r\nconnection: close\r\n\r\n{body}"
         ).encode()
+
+
+def serve_engine(
+    engine: Mapping[str, object], served_name: str, args: argparse.Namespace, vllm_flags: Sequence[str]
+) -> int:
+    """vLLM's server in our layer, with arguments for `vllm.LLM` and the flags of the script. Returns the exit status.
+
+    The port is taken, and answers "loading", before the minutes of loading begin.
+    """
+    listener = listen(args.host, args.port)
+    responder = LoadingResponder(listener)
+    settings = ServerSettings(
+        max_queue=args.max_queue,
+        max_body_bytes=args.max_body_bytes,
+        max_prompt_chars=args.max_prompt_chars,
+        drain_timeout_s=args.drain_timeout,
+        on_ready=responder.stop,
+    )
+    flags = [
+        *as_flags(engine),
+        *("--host", args.host, "--port", str(args.port)),
+        *("--served-model-name", served_name),
+        *("--seed", str(args.seed)),
+        *("--scheduling-policy", "priority"),  # without priorities in the requests: first come, first served
+        *("--middleware", "ch16.parts.inference_serving.layer.ServingLayer"),
+        "--enable-request-id-headers",
+        "--disable-uvicorn-access-log",
+    ]
+    return run_until_stopped([*flags, *vllm_flags], settings, listener)
 
 
 def run_until_stopped(flags: Sequence[str], settings: ServerSettings, listener: socket.socket) -> int:

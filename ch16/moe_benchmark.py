@@ -1,9 +1,9 @@
-"""Mixture-of-experts benchmark: a synthetic layer that predicts what a whole model will do.
+"""Mixture-of-experts benchmark: a synthetic layer predicts the throughput of a whole model.
 
-A router sends each token to K of E experts. That saves arithmetic and costs bookkeeping: tokens have to be sorted by
-expert, every expert is another small matrix product, and no router spreads its tokens evenly. This script measures a
-layer with random weights by three ways of dispatch, beside vLLM's own kernel; what uneven routing costs; and from
-one layer the throughput of a whole model, checked against vLLM running that model.
+A router sends each token to K of E experts. That saves arithmetic and adds bookkeeping: tokens are sorted by expert,
+each expert is another small matrix product, and no router spreads its tokens evenly. This script times a layer with
+random weights in three kinds of dispatch, beside vLLM's own kernel. It measures the cost of uneven routing, and
+predicts the throughput of a whole model from one layer, checked against vLLM running that model.
 
 One GPU shows the speed, `torchrun` on several shows expert parallelism; a CPU runs the same code on smaller layers.
 
@@ -12,9 +12,9 @@ One GPU shows the speed, `torchrun` on several shows expert parallelism; a CPU r
     python3 ch16/moe_benchmark.py --preset mixtral-8x7b --target-tok-s 20000   # how many GPUs?
     torchrun --nproc-per-node 2 ch16/moe_benchmark.py --quick                  # experts spread over two processes
 
-How to read the tables: `limit` is the larger of two physical limits, arithmetic and reading the weights of every
-expert that got a token. Few tokens wake many experts, so decode is limited by memory; `grouped` comes close to it,
-`loop` does not, because the host asks the device about every expert.
+How to read the tables: the roofline is the larger of two physical limits, arithmetic and reading the weights of every
+active expert. A few dozen tokens activate almost every expert, so decode is limited by memory. `grouped` comes close
+to the roofline; `loop` does not, because it synchronises host and device once per expert.
 """
 
 import runpy
@@ -23,100 +23,70 @@ from pathlib import Path
 runpy.run_path(str(Path(__file__).resolve().parent.parent / "common" / "environment.py"))
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
+from functools import partial
 
 import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from ch16.parts.moe_benchmark.baseline import vllm_path
-from ch16.parts.moe_benchmark.capacity import (
-    PLAN_COLUMNS,
-    VALIDATION_COLUMNS,
-    Capacity,
-    planning_bytes,
-    run_whole_model,
-    validation_rows,
+from ch16.parts.moe_benchmark import tables
+from ch16.parts.moe_benchmark.baseline import vllm_dispatch
+from ch16.parts.moe_benchmark.capacity import Capacity, planning_bytes, run_whole_model
+from ch16.parts.moe_benchmark.claims import prediction_claim, uneven_load_claim
+from ch16.parts.moe_benchmark.dispatch import steps_on
+from ch16.parts.moe_benchmark.experts import Dispatch, Experts, ExpertSizes, Routing, require_layer
+from ch16.parts.moe_benchmark.patterns import measure_routing
+from ch16.parts.moe_benchmark.picture import plot_patterns, plot_ranks
+from ch16.parts.moe_benchmark.planner import link_between_gpus
+from ch16.parts.moe_benchmark.presets import PRESETS, Preset, require_memory
+from ch16.parts.moe_benchmark.ranks import measure_ranks
+from ch16.parts.moe_benchmark.reference import require_agreement
+from ch16.parts.moe_benchmark.routing import RANKS, make_routing
+from ch16.parts.moe_benchmark.sizes import (
+    WEIGHT_COPIES,
+    MoESizes,
+    Selection,
+    chapter_presets,
+    read_flags,
+    select,
+    sizes_from,
+    whole_preset,
 )
-from ch16.parts.moe_benchmark.experts import (
-    PATHS,
-    TOLERANCE,
-    TOLERANCE_FP8,
-    Experts,
-    ExpertSizes,
-    Routing,
-    check_input,
-    reference,
-    route,
-)
-from ch16.parts.moe_benchmark.patterns import PATTERN_COLUMNS, RANKS, measure_routing, plot_patterns
-from ch16.parts.moe_benchmark.planner import Workload, gpus_needed, gpus_text, link_between_gpus
-from ch16.parts.moe_benchmark.presets import PRESETS, Preset, from_config, require_memory, those_that_fit
-from ch16.parts.moe_benchmark.ranks import RANK_COLUMNS, measure_ranks, plot_ranks
-from ch16.parts.moe_benchmark.routing import expert_load, make_routing
-from ch16.parts.moe_benchmark.trained import TRAINED_COLUMNS, balance_rows, read_with
-from common import cli, models
+from ch16.parts.moe_benchmark.trained import read_with
+from common import cli
 from common.cli import CannotRun
 from common.device import torch_dtype
 from common.distributed import process_group
 from common.engine import prepare_environment, quiet
-from common.gpu import DTYPE_NAMES, Machine, detect
-from common.results import Column, Report, Verdict, judge, not_applicable
-from common.text import read_text
+from common.gpu import Machine, detect
+from common.results import Report, Verdict, not_applicable
 from common.timing import graphed, measure_together
 
-# ---- configuration: the chapter's layers, and sizes that show them ----
+# ---- configuration ----
 
-CHAPTER = (  # hidden size, then
+CHAPTER = (
     {"num_experts": 8, "experts_per_token": 2},
     {"num_experts": 64, "experts_per_token": 2},
     {"num_experts": 64, "experts_per_token": 8},
 )
-ERROR_TARGET_PERCENT = 15.0  # of the predicted throughput of a whole model
-WEIGHT_COPIES = 2  # at most: ours, and in FP8 or as vLLM's CPU kernel packs them
-COST_TARGET_PERCENT = 5.0  # from here on imbalance "costs throughput"
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much is measured: width of the chapter's layers, tokens of decode and prefill, what is validated."""
-
-    hidden: int
-    gated_intermediate: int
-    tokens: tuple[int, ...]
-    repeats: int
-    workload: Workload
-    presets: tuple[str, ...]  # published layers to measure beside the chapter's
-    checked: int = 16  # tokens compared with float64
-
-
-def sizes_for(machine: Machine, quick: bool) -> Sizes:
-    """Sizes that fill a GPU, or end in time on two CPU cores."""
-    if machine.device == "cuda":
-        published = ("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3")
-        full = Sizes(4096, 2048, (64, 8192), 20, Workload(128, 256, 256), published)
-        return replace(full, repeats=10, presets=published[1:2]) if quick else full
-    full = Sizes(512, 256, (16, 512), 7, Workload(16, 64, 48, chunk=2048), ("small-moe",))
-    return replace(full, hidden=256, repeats=5, presets=()) if quick else full
-
-
-# ---- mechanism: the chapter's layer ----
+# ---- mechanism ----
 
 
 class SyntheticMoELayer(nn.Module):
-    """A router and its experts on random weights.
+    """A router and its experts, with random weights.
 
     Args:
         hidden_size: width H of a token.
         num_experts: E.
         experts_per_token: K, at most E.
         intermediate_size: width of an expert's inner layer; default: four times H.
-        gated: SiLU-gated experts, as published models have them; default: the chapter's GELU experts.
+        gated: SiLU-gated experts, as in published models; default: the chapter's GELU experts.
         dispatch: "loop", "grouped" or "fp8".
-        device, dtype: of the weights. Experts have no biases.
+        device, dtype: of the weights.
 
     Raises:
         CannotRun: K exceeds E, a size is not positive, or `dispatch` is unknown or not for this device.
@@ -137,157 +107,84 @@ class SyntheticMoELayer(nn.Module):
         super().__init__()
         intermediate = 4 * hidden_size if intermediate_size is None else intermediate_size
         sizes = ExpertSizes(hidden_size, intermediate, num_experts, gated)
-        if min(hidden_size, sizes.intermediate, num_experts, experts_per_token) < 1:
-            raise CannotRun("sizes, experts and experts per token must be at least 1")
-        if experts_per_token > num_experts:
-            raise CannotRun(f"{experts_per_token} experts per token, but there are {num_experts}")
-        if dispatch not in PATHS:
-            raise CannotRun(f"dispatch must be one of {', '.join(PATHS)}, not '{dispatch}'")
-        if dispatch == "fp8" and torch.device(device).type == "cpu":
-            raise CannotRun("dispatch 'fp8' needs a GPU with FP8 units")
+        require_layer(sizes, experts_per_token, dispatch, DISPATCH, device)
         self.num_experts, self.experts_per_token = num_experts, experts_per_token
-        self.path = PATHS[dispatch]
+        self.dispatch = DISPATCH[dispatch]
         self.router = nn.Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
+        # The chapter has a module with biases per expert; ours are in two tensors, as a grouped product needs them.
         self.experts = Experts.random(sizes, device, dtype)
         self.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, S, H] or [T, H] to the same shape."""
         tokens = x.reshape(-1, x.shape[-1])  # [T, H]
-        routing = route(self.router(tokens), self.experts_per_token)
-        check_input(tokens, routing, self.experts.sizes)
-        return self.path(tokens, self.experts, routing).view(x.shape)
+        if len(tokens) == 0:
+            raise CannotRun("zero tokens: there is nothing to route")
+        router_logits = self.router(tokens)  # [T, E]
+        routing_weights, selected_experts = router_logits.float().topk(self.experts_per_token, dim=-1)  # [T, K] each
+        routing = Routing(selected_experts, routing_weights.softmax(dim=-1))
+        return self.dispatch(tokens, self.experts, routing).view(x.shape)
 
 
-# ---- measurement: one layer, every path, the same tensors ----
+def loop(x: torch.Tensor, experts: Experts, routing: Routing) -> torch.Tensor:
+    """The chapter's loop: for each expert, pick its tokens, compute them, add the weighted results. [T, H]."""
+    output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for i in range(experts.sizes.experts):
+        # The chapter indexes the weights by a mask of tokens, which fails; `nonzero` gives the place of each choice.
+        # It also synchronises host and device, once per expert.
+        tokens, choice = (routing.experts == i).nonzero(as_tuple=True)
+        if len(tokens) == 0:
+            continue
+        expert_output = experts.compute(x[tokens], i)
+        weights = routing.weights[tokens, choice, None]
+        output.index_add_(0, tokens, expert_output.float() * weights)
+    return output.to(x.dtype)
 
-LAYER_COLUMNS = (
-    Column("layer", "layer"),
-    Column("tokens", "tokens", ",d"),
-    Column("active_experts", "experts awake", "d"),
-    Column("loop_ms", "loop ms", ".2f"),
-    Column("grouped_ms", "grouped ms", ".3f"),
-    Column("fp8_ms", "FP8 ms", ".3f"),
-    Column("vllm_ms", "vLLM ms", ".3f"),
-    Column("over_loop", "grouped over loop", ".2f"),
-    Column("over_vllm", "over vLLM", ".2f"),
-    Column("fp8_over_grouped", "FP8 over grouped", ".2f"),
-    Column("tokens_per_s", "tokens/s", ",.0f"),
-    Column("tflops", "TFLOP/s", ".3g"),
-    Column("gb_per_s", "GB/s", ",.0f"),
-    Column("compute_limit_ms", "compute limit ms", ".3f"),
-    Column("memory_limit_ms", "memory limit ms", ".3f"),
-    Column("limit_percent", "of limit %", ".0f"),
-)
+
+def grouped(x: torch.Tensor, experts: Experts, routing: Routing, fp8: bool = False) -> torch.Tensor:
+    """The same without a loop: sort rows by expert, two grouped products, weighted sum. [T, H].
+
+    A row is a token for one of its K experts. On a GPU the steps are kernels that never wait for the host. In FP8, each
+    row and each output row of a weight has its own scale.
+    """
+    if len(x) == 0:
+        return x
+    steps = steps_on(x.device)
+    places, ends = steps.sort_rows(routing.experts, experts.sizes.experts)  # [T, K] of rows, [E] of experts
+    rows = steps.arrange(x, places, fp8)  # [R, H], the rows of an expert side by side
+    rows = steps.compute_sorted(rows, experts, ends)
+    return steps.combine(rows, places, routing.weights)
+
+
+DISPATCH: dict[str, Dispatch] = {"loop": loop, "grouped": grouped, "fp8": partial(grouped, fp8=True)}
+
+# ---- measurement ----
 
 
 @torch.no_grad()
-def benchmark_moe(preset: Preset, experts: Experts, tokens: int, machine: Machine, sizes: Sizes, seed: int) -> dict:
-    """All dispatch paths on the same tokens and the same (uniform) routing; a row of LAYER_COLUMNS.
-
-    Figures from `tokens/s` on are of the grouped path. Its bytes are those that must move: weights of experts with
-    tokens, and the tokens in and out, once.
+def benchmark_moe(preset: Preset, experts: Experts, tokens: int, machine: Machine, sizes: MoESizes, seed: int) -> dict:
+    """A row of LAYER_COLUMNS: every dispatch, and vLLM's kernel, on the same tokens and the same uniform routing.
 
     Raises:
-        CannotRun: a path disagrees with float64.
+        CannotRun: a dispatch disagrees with float64.
     """
     x = torch.randn(tokens, preset.hidden, device=machine.device, dtype=experts.w_in.dtype)
     routing = make_routing("uniform", tokens, preset.experts, preset.top_k, seed, machine.device)
-    paths = {name: path for name, path in PATHS.items() if name != "fp8" or machine.native_fp8}
-    theirs, why_not = vllm_path(experts)
-    if theirs:
-        their_routing = Routing(routing.experts.int(), routing.weights)  # as vLLM's router gives it
-        paths["vllm"] = lambda x, experts, _: theirs(x, experts, their_routing)
-    some = torch.linspace(0, tokens - 1, min(tokens, sizes.checked), device=x.device).long()
-    expected = reference(x[some], experts, Routing(routing.experts[some], routing.weights[some]))
-    for name, path in paths.items():
-        error = ((path(x, experts, routing)[some].double() - expected).norm() / expected.norm()).item()
-        if not error <= (TOLERANCE_FP8 if name == "fp8" else TOLERANCE):
-            raise CannotRun(f"the {name} path is wrong by {100 * error:.1f}% (relative to float64, {preset.name})")
-
-    def ready(name: str) -> Callable[[], object]:
-        def work() -> torch.Tensor:
-            return paths[name](x, experts, routing)
-
-        return graphed(work) if machine.device == "cuda" and name != "loop" else work  # the loop asks the host
-
-    timings = measure_together({name: ready(name) for name in paths}, machine.device, repeats=sizes.repeats)
+    contenders = {name: run for name, run in DISPATCH.items() if name != "fp8" or machine.native_fp8}
+    vllms, why_no_vllm = vllm_dispatch(experts)
+    if vllms:
+        as_int = Routing(routing.experts.int(), routing.weights)  # as vLLM's router gives it
+        contenders["vllm"] = lambda x, experts, _: vllms(x, experts, as_int)
+    require_agreement(contenders, x, experts, routing, sizes.checked, preset.name)
+    works = {name: partial(run, x, experts, routing) for name, run in contenders.items()}
+    if machine.device == "cuda":  # the loop cannot be captured: it asks the host
+        works = {name: work if name == "loop" else graphed(work) for name, work in works.items()}
+    timings = measure_together(works, machine.device, repeats=sizes.repeats)
     seconds = {name: timing.median for name, timing in timings.items()}
-    ours, rows = seconds["grouped"], tokens * preset.top_k
-    active = int((expert_load(routing, preset.experts) > 0).sum())
-    moved = x.element_size() * (active * preset.sizes.parameters + 2 * tokens * preset.hidden)
-    flops, peak = preset.sizes.flops(rows), machine.peak
-    limits = (flops / peak.bf16_flops, moved / peak.bytes_per_s) if peak.bf16_flops and peak.bytes_per_s else None
-    row = {"layer": preset.name, "tokens": tokens, **{f"{name}_ms": 1e3 * s for name, s in seconds.items()}}
-    row |= {"over_loop": seconds["loop"] / ours, "tokens_per_s": tokens / ours}
-    row |= {"tflops": flops / ours / 1e12, "gb_per_s": moved / ours / 1e9, "active_experts": active}
-    row |= {"over_vllm": seconds["vllm"] / ours} if theirs else {"why_no_vllm": why_not}
-    if "fp8" in seconds:
-        row["fp8_over_grouped"] = ours / seconds["fp8"]
-    if limits:
-        row |= {"compute_limit_ms": 1e3 * limits[0], "memory_limit_ms": 1e3 * limits[1]}
-        row["limit_percent"] = 100 * max(limits) / ours
-    return row
+    return tables.layer_row(preset, x, routing, seconds, machine, why_no_vllm)
 
 
-def chapter_presets(sizes: Sizes) -> list[Preset]:
-    """The chapter's three configurations, and two with gated experts of the size today's models have."""
-    layers = [
-        Preset(
-            f"{c['num_experts']} experts, top-{c['experts_per_token']}",
-            sizes.hidden,
-            4 * sizes.hidden,
-            c["num_experts"],
-            c["experts_per_token"],
-            gated=False,
-        )
-        for c in CHAPTER
-    ]
-    return layers + [
-        Preset(f"64 gated experts, top-{k}", sizes.hidden, sizes.gated_intermediate, 64, k) for k in (2, 8)
-    ]
-
-
-# ---- claims ----
-
-
-def prediction_claim(checked: Sequence[dict], why_not: str) -> Verdict:
-    """M1 from the rows of VALIDATION_COLUMNS; without any, n/a with the reason."""
-    if not checked:
-        return not_applicable("M1", why_not)
-    throughput = checked[0]
-    error, text = throughput["error_percent"], "predicted {predicted:,.0f}, measured {measured:,.0f} output tok/s"
-    return judge("M1", abs(error) <= ERROR_TARGET_PERCENT, f"{text.format(**throughput)}: {error:+.1f}%")
-
-
-def uneven_load_claim(patterns: Sequence[dict], on_ranks: str) -> Verdict:
-    """M2: of the trained routers if there are some, else of simulated Zipf routing, where it costs most.
-
-    A cost that is larger than its own spread comes before larger ones that are not.
-    """
-    trained = [row for row in patterns if row["pattern"].startswith("trained")]
-    candidates = trained or [row for row in patterns if row["pattern"] == "zipf"]
-    places = {"": "on one device", "rank_": on_ranks}
-    costs = [
-        (row[f"{of}cost_percent"], row.get(f"{of}spread_percent", 0.0), row, where)
-        for row in candidates
-        for of, where in places.items()
-        if f"{of}cost_percent" in row
-    ]
-    cost, spread, row, where = max(costs, key=lambda found: (found[0] >= max(COST_TARGET_PERCENT, found[1]), found[0]))
-    text = (
-        f"{row['pattern']} routing{'' if trained else ' (simulated)'}, {row['tokens']:,} tokens: busiest expert "
-        f"{row['max_mean']:.1f}x the mean, time over balanced routing {cost:+.0f}% {where}"
-    )
-    if abs(cost) < spread:
-        return not_applicable("M2", f"that is less than repeated runs differ ({spread:.0f}%)", text)
-    return judge("M2", cost >= COST_TARGET_PERCENT, text)
-
-
-# ---- the script ----
-
-
-def measure_layers(presets: Sequence[Preset], machine: Machine, sizes: Sizes, seed: int) -> list[dict]:
+def measure_layers(presets: Sequence[Preset], machine: Machine, sizes: MoESizes, seed: int) -> list[dict]:
     """Rows of LAYER_COLUMNS: every preset at every number of tokens. One layer's weights exist at a time."""
     rows = []
     for preset in tqdm(presets, desc="layers", leave=False, disable=None):
@@ -305,193 +202,126 @@ def measure_layers(presets: Sequence[Preset], machine: Machine, sizes: Sizes, se
     return rows
 
 
-def sizes_from(args: argparse.Namespace, machine: Machine) -> Sizes:
-    """The machine's sizes, with what the flags change.
+def measure(
+    selection: Selection, args: argparse.Namespace, machine: Machine, sizes: MoESizes, results: Report
+) -> tuple[list[dict], list[dict], str]:
+    """Layers, routing and a plan, each table as soon as it exists.
 
-    Raises:
-        CannotRun: --tokens is not a list of positive numbers.
+    Returns:
+        Rows of PATTERN_COLUMNS; rows of VALIDATION_COLUMNS, or none and why.
     """
-    sizes = sizes_for(machine, args.quick)
-    if args.tokens is not None:
-        try:
-            tokens = tuple(sorted(int(word) for word in args.tokens.split(",")))
-        except ValueError:
-            raise CannotRun(f"--tokens takes numbers, as in 64,8192, not '{args.tokens}'") from None
-        if tokens[0] < 1:
-            raise CannotRun(f"--tokens {tokens[0]}: there is nothing to route")
-        sizes = replace(sizes, tokens=tokens)
-    if args.hidden_size:
-        sizes = replace(sizes, hidden=args.hidden_size, gated_intermediate=max(1, args.hidden_size // 2))
-    if args.sequences:
-        sizes = replace(sizes, workload=replace(sizes.workload, sequences=args.sequences))
-    return sizes
+    layers = measure_layers(selection.layers, machine, sizes, args.seed)
+    columns = [c for c in tables.LAYER_COLUMNS if any(row.get(c.key) is not None for row in layers)]
+    width = "published sizes" if args.preset else f"width {sizes.hidden} unless published"
+    results.table("layers", f"One layer of experts, {width}, uniform routing", layers, columns)
+    for why in dict.fromkeys(row["why_no_vllm"] for row in layers if "why_no_vllm" in row):
+        print(f"  no figure for vLLM: {why}")
 
-
-def whole_preset(args: argparse.Namespace, machine: Machine) -> Preset:
-    """The model to plan for: --preset, else the largest that runs here with room for its KV cache.
-
-    Raises:
-        CannotRun: of --preset only a layer is known.
-    """
-    if args.preset:
-        if not PRESETS[args.preset].layers:
-            raise CannotRun(f"of {args.preset} only the layer of experts is known here")
-        return PRESETS[args.preset]
-    for name in ("qwen3-30b-a3b", "olmoe-1b-7b") if machine.device == "cuda" else ():
-        if 2 * PRESETS[name].parameters <= 0.8 * machine.memory_bytes:
-            return PRESETS[name]
-    return PRESETS["small-moe"]
+    routed, tokens, trained = selection.routed, max(sizes.tokens), []
+    if model := selection.model:
+        trained = read_with(model, selection.text, tokens, routed.top_k, machine)
+        title = f"Routers of {model.name} reading {selection.source}, {tokens:,} tokens"
+        results.table("trained", title, tables.balance_rows(trained, routed.experts), tables.TRAINED_COLUMNS)
+    patterns = measure_routing(routed, grouped, trained, machine, sizes, args.seed)
+    results.table("routing", tables.routing_title(routed), patterns, tables.PATTERN_COLUMNS)
+    try:
+        return patterns, *measure_capacity(whole_preset(args, machine), args, machine, sizes, results)
+    except CannotRun as error:  # what was measured so far is not lost
+        return patterns, [], str(error)
+    except torch.OutOfMemoryError as error:
+        return patterns, [], f"the plan ran out of GPU memory: {cli.first_line(error)}"
 
 
 def measure_capacity(
-    preset: Preset, args: argparse.Namespace, report: Report, machine: Machine, sizes: Sizes
+    preset: Preset, args: argparse.Namespace, machine: Machine, sizes: MoESizes, results: Report
 ) -> tuple[list[dict], str]:
-    """Print the plan and, where the whole model runs here, the check against vLLM.
+    """A plan for a whole model from one layer and, where the whole model runs here, its check against vLLM.
 
     Returns:
         Rows of VALIDATION_COLUMNS, or none and why.
     """
     link, workload = link_between_gpus(machine, args.link_gb_s, args.link_latency_us), sizes.workload
-    more = planning_bytes(preset, workload, machine.itemsize)
-    require_memory(preset, workload.chunk, machine, copies=WEIGHT_COPIES, contenders=2, more=more)
-    capacity = Capacity(preset, machine, link, sizes.repeats, args.seed)
+    extra = planning_bytes(preset, workload, machine.itemsize)
+    require_memory(preset, workload.chunk, machine, copies=WEIGHT_COPIES, contenders=2, extra=extra)
+    capacity = Capacity(preset, grouped, machine, link, sizes.repeats, args.seed)
     counts = [n for n in (1, 2, 4, 8) if preset.experts % n == 0 and (n == 1 or link.bytes_per_s)]
-    rows = [capacity.plan_row(workload, n) for n in tqdm(counts, desc="plan", leave=False, disable=None)]
-    title = (
-        f"Plan for {preset.name} in {DTYPE_NAMES[machine.dtype]}, {workload.sequences} sequences at once, "
-        f"{workload.tokens_in} tokens in and {workload.tokens_out} out; from one layer, experts by {capacity.path_name}"
-    )
-    report.table("plan", title, rows, PLAN_COLUMNS)
-    if len(counts) > 1:
-        print(f"  more than one GPU: emulated one after another on this one, uniform routing; exchange: {link.source}")
-    elif preset.experts > 1:
-        print("  one device only: nothing is known about a link to others; --link-gb-s N adds 2, 4 and 8")
-    if args.target_tok_s:
-        needed = gpus_text(gpus_needed(rows, args.target_tok_s), counts[-1])
-        print(f"  {args.target_tok_s:,} output tok/s need {needed}")
+    plan = [capacity.plan_row(workload, n) for n in tqdm(counts, desc="plan", leave=False, disable=None)]
+    title = tables.plan_title(preset, machine, workload, capacity.dispatch_name)
+    results.table("plan", title, plan, tables.PLAN_COLUMNS)
+    print(tables.plan_notes(preset, plan, link, args.target_tok_s))
     del capacity
     if args.quick or args.no_validation:
         return [], f"{'--quick' if args.quick else '--no-validation'} does not run the whole model"
-    if rows[0]["fits"] == "no":
+    if plan[0]["fits"] == "no":
         return [], f"{preset.name} does not fit on one device here"
-    measured = run_whole_model(preset, workload, machine, args.seed)
-    checked = validation_rows(rows[0], measured)
+    validation = tables.validation_rows(plan[0], run_whole_model(preset, workload, machine, args.seed))
     title = f"The plan against vLLM running {preset.name} with random weights"
-    report.table("validation", title, checked, VALIDATION_COLUMNS)
-    return checked, ""
+    results.table("validation", title, validation, tables.VALIDATION_COLUMNS)
+    return validation, ""
 
 
-def main_alone(args: argparse.Namespace, machine: Machine, sizes: Sizes) -> int:
+# ---- main ----
+
+
+def report(
+    results: Report, verdicts: Sequence[Verdict], args: argparse.Namespace, picture: Callable, rows: Sequence[dict]
+) -> None:
+    """Print the claims, write the JSON, and draw `rows` by one of the pictures."""
+    results.claims(verdicts)
+    results.save(args.json)
+    if args.plot:
+        picture(args.plot, rows, results.settings["layer"], results.machine)
+
+
+def main_alone(args: argparse.Namespace, machine: Machine) -> None:
     """One process: layers, routing, plan."""
-    needs = {"copies": WEIGHT_COPIES, "contenders": len(PATHS) + 1}
-    presets = [PRESETS[args.preset]] if args.preset else chapter_presets(sizes) + [PRESETS[n] for n in sizes.presets]
-    presets, left_out = those_that_fit(presets, max(sizes.tokens), machine, **needs)
-    if left_out and (args.hidden_size or args.tokens):  # asked for, not a default
-        raise CannotRun(left_out[0])
-    routed, trained = PRESETS[args.preset] if args.preset else chapter_presets(sizes)[-1], []
-    if args.model:  # with --preset, too: its routers have as many experts as it has
-        model = models.resolve(args.model, machine)
-        routed = from_config(model.name, model.config)
-        text, source = read_text(args.text)
-    require_memory(routed, max(sizes.tokens), machine, contenders=8)
-
-    settings = {"seed": args.seed, "preset": args.preset, "model": model.name if args.model else None}
-    report = Report("moe_benchmark.py", machine, settings | asdict(sizes))
-    report.print_card()
-    for why in left_out:
+    sizes = sizes_from(args, machine)
+    if not (args.quick or args.no_validation):
+        prepare_environment(machine)
+    selection = select(args, machine, sizes, CHAPTER, contenders=len(DISPATCH) + 1)
+    settings = {"seed": args.seed, "preset": args.preset, "model": selection.model and selection.model.name}
+    settings["layer"] = selection.routed.name
+    results = Report("moe_benchmark.py", machine, settings | asdict(sizes), wide=args.wide)
+    results.print_card()
+    for why in selection.left_out:
         print(f"left out: {why}")
     torch.manual_seed(args.seed)
-    layers = measure_layers(presets, machine, sizes, args.seed)
-    columns = [c for c in LAYER_COLUMNS if any(row.get(c.key) is not None for row in layers)]
-    width = "published sizes" if args.preset else f"width {sizes.hidden} unless published"
-    report.table("layers", f"One layer of experts, {width}, uniform routing", layers, columns)
-
-    for why in dict.fromkeys(row["why_no_vllm"] for row in layers if "why_no_vllm" in row):
-        print(f"  no figure for vLLM: {why}")
-
-    if args.model:
-        trained = read_with(model, text, max(sizes.tokens), routed.top_k, machine)
-        title = f"Routers of {model.name} reading {source}, {max(sizes.tokens):,} tokens"
-        report.table("trained", title, balance_rows(trained, routed.experts), TRAINED_COLUMNS)
-    patterns = measure_routing(routed, trained, machine, sizes.tokens, sizes.repeats, args.seed)
-    title = f"What routing costs, {routed.name}, grouped; all but trained routing is simulated"
-    report.table("routing", title, patterns, PATTERN_COLUMNS)
-
-    try:
-        checked, why = measure_capacity(whole_preset(args, machine), args, report, machine, sizes)
-    except CannotRun as error:  # what was measured so far is not lost
-        checked, why = [], str(error)
-    except torch.OutOfMemoryError as error:
-        checked, why = [], f"the plan ran out of GPU memory: {cli.first_line(error)}"
-    report.claims(
-        [prediction_claim(checked, why), uneven_load_claim(patterns, f"on the busiest of {RANKS} ranks (emulated)")]
-    )
-    report.save(args.json)
-    if args.plot:
-        plot_patterns(args.plot, patterns)
-    return 0
+    patterns, validation, why = measure(selection, args, machine, sizes, results)
+    on_ranks = f"on the busiest of {RANKS} ranks (emulated)"
+    verdicts = [prediction_claim(validation, why), uneven_load_claim(patterns, on_ranks)]
+    report(results, verdicts, args, plot_patterns, patterns)
 
 
-def main_of_rank(args: argparse.Namespace, machine: Machine) -> int:
+def main_of_rank(args: argparse.Namespace, machine: Machine) -> None:
     """One of several processes: experts spread over all of them. Rank 0 prints."""
     with process_group(machine.device) as ranks:
         try:
             sizes = sizes_from(args, machine)
-            preset = PRESETS[args.preset] if args.preset else chapter_presets(sizes)[-1]
-            rows = measure_ranks(preset, sizes.tokens, machine, ranks, sizes.repeats, args.seed)
+            preset = PRESETS[args.preset] if args.preset else chapter_presets(CHAPTER, sizes)[-1]
+            rows = measure_ranks(preset, grouped, machine, ranks, sizes, args.seed)
         except CannotRun:
             if ranks.rank == 0:
                 raise
-            sys.exit(1)  # every rank has the same reason: one of them says it
-        if ranks.rank == 0:
-            settings = {"seed": args.seed, "ranks": ranks.world_size, "preset": args.preset}
-            report = Report("moe_benchmark.py", machine, settings | asdict(sizes))
-            report.print_card()
-            title = f"{preset.name} of width {preset.hidden} over {ranks.world_size} ranks, {ranks.backend}"
-            report.table("ranks", title, rows, RANK_COLUMNS)
-            why = "a plan is made by one process: run without torchrun"
-            report.claims([not_applicable("M1", why), uneven_load_claim(rows, f"over {ranks.world_size} ranks")])
-            report.save(args.json)
-            if args.plot:
-                plot_ranks(args.plot, rows)
-    return 0
+            sys.exit(1)  # all ranks have the same reason; rank 0 prints it
+        if ranks.rank > 0:
+            return
+        world = ranks.world_size
+        settings = {"seed": args.seed, "ranks": world, "preset": args.preset, "layer": preset.name}
+        results = Report("moe_benchmark.py", machine, settings | asdict(sizes), wide=args.wide)
+        results.print_card()
+        title = f"{preset.name} of width {preset.hidden} over {world} ranks, {ranks.backend}"
+        results.table("ranks", title, rows, tables.RANK_COLUMNS)
+        no_plan = not_applicable("M1", "a plan is made by one process: run without torchrun")
+        report(results, [no_plan, uneven_load_claim(rows, f"over {world} ranks")], args, plot_ranks, rows)
 
 
 def main() -> int:
     """Measure layers, routing and a plan, or under torchrun expert parallelism; print the claims."""
-    parser = cli.standard_parser(__doc__, model_help="trained MoE whose routers are measured: a folder or a hub id")
-    parser.set_defaults(model=None)
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="only this model's layer, routing and plan")
-    parser.add_argument("--hidden-size", type=cli.positive_int, metavar="H", help="width of the chapter's layers")
-    parser.add_argument("--tokens", metavar="A,B", help="tokens of a layer's input, as in 64,8192")
-    parser.add_argument("--sequences", type=cli.positive_int, metavar="N", help="requests at once in the plan")
-    parser.add_argument("--target-tok-s", type=cli.positive_int, metavar="N", help="say how many GPUs give this")
-    parser.add_argument(
-        "--link-gb-s", type=cli.positive_float, metavar="N", help="between GPUs; default: the data sheet's"
-    )
-    parser.add_argument(
-        "--link-latency-us", type=cli.positive_float, metavar="N", help="of each of the two exchanges in a layer"
-    )
-    parser.add_argument("--no-validation", action="store_true", help="do not run the whole model on vLLM")
-    parser.add_argument("--text", metavar="FILE", help="for --model to read; default: Python's language reference")
-    args = parser.parse_args()
-    one_of_many = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    plan_flags = (args.sequences, args.target_tok_s, args.link_gb_s, args.link_latency_us, args.no_validation)
-    if one_of_many and any((args.model, args.text, *plan_flags)):
-        parser.error("--model, --text and the flags of the plan belong to a run without torchrun")
-    if args.hidden_size and args.preset:
-        parser.error("--hidden-size is for the chapter's layers; a --preset has its own width")
-    if args.target_tok_s and args.preset and not PRESETS[args.preset].layers:
-        parser.error(f"--target-tok-s needs a whole model; of {args.preset} only the layer of experts is known here")
-
+    args = read_flags(__doc__)
     machine = detect(args.device)
     quiet()
-    if one_of_many:
-        return main_of_rank(args, machine)
-    sizes = sizes_from(args, machine)
-    if not (args.quick or args.no_validation):
-        prepare_environment(machine)
-    return main_alone(args, machine, sizes)
+    (main_of_rank if args.ranks > 1 else main_alone)(args, machine)
+    return 0
 
 
 if __name__ == "__main__":

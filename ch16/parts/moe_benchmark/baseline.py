@@ -1,4 +1,4 @@
-"""vLLM's own fused experts on the same tensors: what a production engine makes of the same work."""
+"""vLLM's own fused experts on the same tensors: the speed of a production engine."""
 
 import torch
 
@@ -8,22 +8,22 @@ from common.cli import first_line
 CPU_MULTIPLE = 32  # as vLLM's own classes ask for
 
 
-def vllm_path(experts: Experts) -> tuple[Dispatch | None, str]:
-    """vLLM's kernel as one more dispatch path, or None and why it cannot be had.
+def vllm_dispatch(experts: Experts) -> tuple[Dispatch | None, str]:
+    """vLLM's kernel as one more dispatch, or None and why it is not available.
 
-    On GPUs `fused_experts` (Triton; where vLLM ships no tuned tile sizes for a shape, with its defaults); on CPUs
-    `cpu_fused_moe`, whose weights are packed here, once, as the engine does when it loads a model.
+    On GPUs it is `fused_experts` (Triton; with default tile sizes where vLLM ships no tuned ones for a shape). On CPUs
+    it is `cpu_fused_moe`; its weights are packed once, as the engine does when it loads a model.
     """
     sizes, on_gpu = experts.sizes, experts.w_in.is_cuda
     gated = sizes.gated
     if not on_gpu and not gated:
-        return None, "its CPU kernel knows gated experts only"
+        return None, "its CPU kernel supports gated experts only"
     if not on_gpu and (sizes.hidden % CPU_MULTIPLE or sizes.intermediate % CPU_MULTIPLE):
         return None, f"its CPU kernel needs widths that are multiples of {CPU_MULTIPLE}"
     try:
         return (_gpu(gated) if on_gpu else _cpu(experts)), ""
     except (ImportError, AttributeError, RuntimeError) as error:
-        return None, f"its kernel is not there: {first_line(error)}"
+        return None, f"its kernel is missing: {first_line(error)}"
 
 
 def _gpu(gated: bool) -> Dispatch:
@@ -34,13 +34,13 @@ def _gpu(gated: bool) -> Dispatch:
     activation = MoEActivation.SILU if gated else MoEActivation.GELU_NO_MUL
     config = VllmConfig()
 
-    def path(x: torch.Tensor, experts: Experts, routing: Routing) -> torch.Tensor:
+    def dispatch(x: torch.Tensor, experts: Experts, routing: Routing) -> torch.Tensor:
         with set_current_vllm_config(config):
             return fused_experts(
                 x, experts.w_in, experts.w_out, routing.weights, routing.experts.int(), activation=activation
             )
 
-    return path
+    return dispatch
 
 
 def _cpu(experts: Experts) -> Dispatch:
@@ -50,15 +50,15 @@ def _cpu(experts: Experts) -> Dispatch:
     packed: dict[tuple[int, int], list[torch.Tensor]] = {}
 
     def weights(experts: Experts) -> list[torch.Tensor]:
-        key = experts.w_in.data_ptr(), experts.sizes.experts  # a part of the experts is packed apart
+        key = experts.w_in.data_ptr(), experts.sizes.experts  # a part of the experts is packed separately
         if key not in packed:
             packed[key] = [cpu_prepack_moe_weight(weight.data, isa) for weight in (experts.w_in, experts.w_out)]
         return packed[key]
 
-    def path(x: torch.Tensor, experts: Experts, routing: Routing) -> torch.Tensor:
+    def dispatch(x: torch.Tensor, experts: Experts, routing: Routing) -> torch.Tensor:
         out = torch.empty_like(x)
         cpu_fused_moe(out, x, *weights(experts), None, None, routing.weights, routing.experts.int(), "silu", isa)
         return out
 
-    weights(experts)  # here, so that a missing kernel is noticed
-    return path
+    weights(experts)  # now, so that a missing kernel is noticed
+    return dispatch

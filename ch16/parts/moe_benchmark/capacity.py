@@ -1,15 +1,18 @@
-"""Measure what the planner needs on this machine, and check its prediction against the real engine."""
+"""Measure what the planner needs on this machine, and run the whole model to check its prediction."""
 
 import gc
 from collections.abc import Callable
 from functools import partial
 
 import torch
+from tqdm import tqdm
 
-from ch16.parts.moe_benchmark.baseline import vllm_path
+from ch16.parts.moe_benchmark.baseline import vllm_dispatch
 from ch16.parts.moe_benchmark.decoder import DecoderLayer, sample, seconds_of
-from ch16.parts.moe_benchmark.experts import Dispatch, Experts, combine, grouped, sort_rows
+from ch16.parts.moe_benchmark.dispatch import steps_on
+from ch16.parts.moe_benchmark.experts import Dispatch, Experts
 from ch16.parts.moe_benchmark.parallel import busiest_part
+from ch16.parts.moe_benchmark.plain import sort_rows
 from ch16.parts.moe_benchmark.planner import Link, Parts, Workload, fits, memory_per_rank, predict
 from ch16.parts.moe_benchmark.presets import Preset
 from ch16.parts.moe_benchmark.routing import make_routing
@@ -19,31 +22,10 @@ from common.device import torch_dtype
 from common.engine import engine_args, start_engine, stop_engine
 from common.gpu import Machine
 from common.load import random_prompts, send_wave, summarise
-from common.results import Column
-
-PLAN_COLUMNS = (
-    Column("gpus", "GPUs", "d"),
-    Column("weights_gb", "weights GB each", ".1f"),
-    Column("kv_gb", "KV cache GB each", ".1f"),
-    Column("fits", "fits"),
-    Column("prefill_layer_ms", "prefill layer ms", ".3f"),
-    Column("layer_ms", "decode layer ms", ".3f"),
-    Column("experts_ms", "of it experts ms", ".3f"),
-    Column("exchange_ms", "exchange ms", ".3f"),
-    Column("head_ms", "head ms", ".2f"),
-    Column("decode_step_ms", "decode step ms", ".2f"),
-    Column("tokens_per_s", "output tok/s", ",.0f"),
-)
-VALIDATION_COLUMNS = (
-    Column("what", "figure"),
-    Column("predicted", "predicted", ",.2f"),
-    Column("measured", "measured", ",.2f"),
-    Column("error_percent", "error %", "+.1f"),
-)
 
 
 def planning_bytes(preset: Preset, workload: Workload, itemsize: int) -> float:
-    """Bytes that one device needs beside a layer's weights: its KV cache, the embedding, and logits in float32."""
+    """Bytes that one device needs beside a layer's weights: its KV cache, the embedding, logits in float32."""
     cache = workload.sequences * workload.context * itemsize * preset.kv_values_per_token / preset.layers
     return cache + preset.vocab * (itemsize * preset.hidden + 4 * 3 * workload.sequences)
 
@@ -51,21 +33,24 @@ def planning_bytes(preset: Preset, workload: Workload, itemsize: int) -> float:
 class Capacity:
     """Times one decoder layer and the head of a preset on one device, for any number of ranks.
 
-    Other ranks are emulated: this device does what the busiest of N ranks would do. Exchange is computed from `link`.
+    Ranks are emulated: this device does what the busiest of N ranks would do. Exchange is computed from `link`. Experts
+    are computed by vLLM's kernel, which predicts the engine best, or where there is none, by `dispatch`.
     """
 
-    def __init__(self, preset: Preset, machine: Machine, link: Link, repeats: int, seed: int) -> None:
+    def __init__(
+        self, preset: Preset, dispatch: Dispatch, machine: Machine, link: Link, repeats: int, seed: int
+    ) -> None:
         self.preset, self.machine, self.link, self.repeats, self.seed = preset, machine, link, repeats, seed
         self.device, self.dtype = machine.device, torch_dtype(machine)
         self.experts = Experts.random(preset.sizes, self.device, self.dtype)
-        path, _ = vllm_path(self.experts)
-        self.path: Dispatch = path or grouped  # the engine is predicted best by its own kernel
-        self.path_name = "vLLM's fused experts" if path else "the grouped path"
+        vllms, _ = vllm_dispatch(self.experts)
+        self.dispatch: Dispatch = vllms or dispatch
+        self.dispatch_name = "vLLM's fused experts" if vllms else "grouped dispatch"
         self.embedding = self._random(preset.vocab, preset.hidden) * 0.02
 
     def parts(self, workload: Workload, ranks: int, phase: str) -> Parts:
         """Seconds of a "prefill" or "decode" step's parts on the busiest of `ranks` ranks."""
-        p, layer = self.preset, DecoderLayer(self.preset, self.experts, self.path)
+        p, layer = self.preset, DecoderLayer(self.preset, self.experts, self.dispatch)
         if phase == "prefill":
             sequences = workload.prefill_sequences(ranks)
             x = self._random(sequences, min(workload.tokens_in, workload.chunk), p.hidden)
@@ -99,8 +84,8 @@ class Capacity:
 
         def work(hidden: torch.Tensor) -> torch.Tensor:
             layer.choose(hidden)
-            self.path(rows, shard, local)
-            return hidden + combine(returned, places, home.weights)
+            self.dispatch(rows, shard, local)
+            return hidden + steps_on(hidden.device).combine(returned, places, home.weights)
 
         return work
 
@@ -130,8 +115,7 @@ class Capacity:
 def run_whole_model(preset: Preset, workload: Workload, machine: Machine, seed: int) -> dict[str, float]:
     """The workload on vLLM with random weights: the field's serving figures of the median of three waves.
 
-    Shorter waves go first: vLLM still compiles kernels when a mixture of prefill and decode is new to it, which took
-    1.3 s of the first full wave on an H100.
+    Two shorter waves go first: vLLM compiles kernels at the first mixtures of prefill and decode.
 
     Raises:
         CannotRun: the model does not fit, or vLLM does not start.
@@ -147,7 +131,8 @@ def run_whole_model(preset: Preset, workload: Workload, machine: Machine, seed: 
     llm, _ = start_engine(settings)
     waves = []
     try:
-        for wave, out in enumerate((8, 16, *[workload.tokens_out] * 3)):
+        lengths = (8, 16, *[workload.tokens_out] * 3)
+        for wave, out in enumerate(tqdm(lengths, desc="vLLM", leave=False, disable=None)):
             prompts = random_prompts(workload.sequences, workload.tokens_in, model.vocab_size, seed + wave)
             sent, arrived = send_wave(llm, prompts, out)
             waves.append(summarise(sent, arrived, 1) | {"prefill_s": max(tokens[0] for tokens in arrived) - min(sent)})
@@ -156,13 +141,3 @@ def run_whole_model(preset: Preset, workload: Workload, machine: Machine, seed: 
     finally:
         stop_engine(llm)
     return sorted(waves[2:], key=lambda wave: wave["tokens_per_s"])[1]
-
-
-def validation_rows(predicted: dict[str, float], measured: dict[str, float]) -> list[dict]:
-    """Prediction beside measurement; the error is of the prediction, relative to the measurement."""
-    pairs = (
-        ("output tok/s", predicted["tokens_per_s"], measured["tokens_per_s"]),
-        ("decode step ms (ITL P50)", predicted["decode_step_ms"], measured["itl_p50_ms"]),
-        ("prefill s (to the last first token)", predicted["prefill_s"], measured["prefill_s"]),
-    )
-    return [{"what": w, "predicted": p, "measured": m, "error_percent": 100 * (p / m - 1)} for w, p, m in pairs]

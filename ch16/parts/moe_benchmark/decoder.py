@@ -2,7 +2,7 @@
 
     x += attention(norm(x)) over a KV cache;  x += experts(norm(x));  at the end: norm, logits, a sampled token
 
-Left out are rotary embeddings: they touch a few kilobytes a token.
+Rotary embeddings are left out: they touch a few kilobytes per token.
 """
 
 from collections.abc import Callable
@@ -16,16 +16,16 @@ from common.timing import graphed, measure
 
 
 class DecoderLayer:
-    """Attention and router of one layer, in the type of the experts; these are given, they are most of it.
+    """Attention and router of one layer, in the dtype of the given experts.
 
     Args:
         preset: a whole model's sizes.
         experts: of this layer, or one rank's share of them.
-        path: how experts are computed.
+        dispatch: how experts are computed.
     """
 
-    def __init__(self, preset: Preset, experts: Experts, path: Dispatch) -> None:
-        self.preset, self.experts, self.path = preset, experts, path
+    def __init__(self, preset: Preset, experts: Experts, dispatch: Dispatch) -> None:
+        self.preset, self.experts, self.dispatch = preset, experts, dispatch
         device, dtype = experts.w_in.device, experts.w_in.dtype
 
         def weight(rows: int, columns: int) -> torch.Tensor:
@@ -51,7 +51,7 @@ class DecoderLayer:
         return x + mixed.transpose(1, 2).flatten(2) @ self.out.t()
 
     def decode_attention(self, x: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
-        """One token a sequence, x [B, H], with a full cache whose last place it takes: to the same shape."""
+        """One token per sequence, x [B, H], which takes the last place of a full cache: to the same shape."""
         p = self.preset
         q, k, v = self._heads(x[:, None])
         cache[0, :, :, -1], cache[1, :, :, -1] = k[:, 0], v[:, 0]
@@ -66,7 +66,7 @@ class DecoderLayer:
 
     def apply_experts(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Experts on tokens x [T, H], with the residual: to the same shape."""
-        return x + self.path(_norm(x), self.experts, routing)
+        return x + self.dispatch(_norm(x), self.experts, routing)
 
     def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys, values [B, S, heads, head_dim], the first two normalised (as in Qwen3 and OLMoE)."""

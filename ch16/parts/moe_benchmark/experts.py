@@ -1,13 +1,13 @@
-"""Experts of a mixture-of-experts layer and three ways to compute them: by definition, one by one, and grouped.
+"""Experts of a mixture-of-experts layer: their weights, and which token goes to which of them.
 
-A token t goes to K of E experts and gets the weighted sum of what they say:
+A token t goes to K of E experts and gets the weighted sum of their outputs:
 
     y[t] = sum over j of  weights[t, j] * expert[experts[t, j]](x[t])
 
 A (token, choice) pair is called a row: T tokens make R = T x K rows, and each row is computed once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,9 +17,6 @@ import torch.nn.functional as F
 
 from common.cli import CannotRun
 from common.fp8 import quantize
-
-TOLERANCE = 0.02  # relative difference of two bfloat16 paths, or of one and float64: rounding, three times in a row
-TOLERANCE_FP8 = 0.10
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ def route(logits: torch.Tensor, top_k: int) -> Routing:
 
 @dataclass(frozen=True)
 class ExpertSizes:
-    """Shape of a layer's experts. Gated experts are w_out(silu(gate x) * up x), the others w_out(gelu(w_in x))."""
+    """Shape of a layer's experts: w_out(silu(gate x) * up x) if gated, else the chapter's w_out(gelu(w_in x))."""
 
     hidden: int
     intermediate: int
@@ -55,7 +52,7 @@ class ExpertSizes:
 
     @property
     def rows_in(self) -> int:
-        """Output width of the first product: gate and up lie in one matrix."""
+        """Output width of the first product: gate and up are in one matrix."""
         return self.intermediate * (2 if self.gated else 1)
 
     @property
@@ -64,12 +61,24 @@ class ExpertSizes:
         return self.hidden * (self.rows_in + self.intermediate)
 
     def flops(self, rows: int) -> float:
-        """Floating-point operations of `rows` rows: two (multiply, add) for each parameter."""
+        """Floating-point operations of `rows` rows: two (multiply, add) per parameter."""
         return 2.0 * rows * self.parameters
 
 
+def require_layer(sizes: ExpertSizes, top_k: int, dispatch: str, known: Collection[str], device: str) -> None:
+    """Raise CannotRun unless a layer of these sizes can be computed by `dispatch`, one of `known`, on this device."""
+    if min(sizes.hidden, sizes.intermediate, sizes.experts, top_k) < 1:
+        raise CannotRun("sizes, experts and experts per token must be at least 1")
+    if top_k > sizes.experts:
+        raise CannotRun(f"{top_k} experts per token, but there are {sizes.experts}")
+    if dispatch not in known:
+        raise CannotRun(f"dispatch must be one of {', '.join(known)}, not '{dispatch}'")
+    if dispatch == "fp8" and torch.device(device).type == "cpu":
+        raise CannotRun("dispatch 'fp8' needs a GPU with FP8 units")
+
+
 class Fp8Weight(NamedTuple):
-    """Weights of all experts in E4M3 [E, N, K], and what to multiply each output row with: float32 [E, N]."""
+    """Weights of all experts in E4M3 [E, N, K], and the scale of each output row: float32 [E, N]."""
 
     values: torch.Tensor
     scales: torch.Tensor
@@ -91,7 +100,7 @@ class Experts(nn.Module):
         w_in = torch.empty(sizes.experts, sizes.rows_in, sizes.hidden, device=device, dtype=dtype)
         w_out = torch.empty(sizes.experts, sizes.hidden, sizes.intermediate, device=device, dtype=dtype)
         for weight in (w_in, w_out):
-            for matrix in weight:  # one by one: the random numbers of all at once would take the memory twice
+            for matrix in weight:  # one by one: random numbers for all at once would need the memory twice
                 matrix.normal_(std=weight.shape[-1] ** -0.5)
         return cls(w_in, w_out, sizes.gated)
 
@@ -124,113 +133,4 @@ def activate(h: torch.Tensor, gated: bool) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-# ---- three ways to compute a layer ----
-
-
-def reference(x: torch.Tensor, experts: Experts, routing: Routing) -> torch.Tensor:
-    """The definition, token by token in float64: slow, and shares nothing with the paths it judges. [T, H]."""
-    rows = []
-    for token, chosen, weights in zip(x.double(), routing.experts.tolist(), routing.weights.double(), strict=True):
-        total = torch.zeros_like(token)
-        for expert, weight in zip(chosen, weights, strict=True):
-            h = experts.w_in[expert].double() @ token
-            if experts.sizes.gated:
-                gate, up = h[: len(h) // 2], h[len(h) // 2 :]
-                h = gate / (1 + torch.exp(-gate)) * up
-            else:
-                h = h * 0.5 * (1 + torch.erf(h / 2**0.5))
-            total += weight * (experts.w_out[expert].double() @ h)
-        rows.append(total)
-    return torch.stack(rows) if rows else x.double()
-
-
-def loop(x: torch.Tensor, experts: Experts, routing: Routing) -> torch.Tensor:
-    """The chapter's way, corrected: for each expert, pick its tokens, compute them, add them up. [T, H].
-
-    The host asks the device for every expert's tokens and waits for the answer.
-    """
-    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert in range(experts.sizes.experts):
-        tokens, choice = (routing.experts == expert).nonzero(as_tuple=True)
-        if len(tokens):
-            weights = routing.weights[tokens, choice, None]
-            total.index_add_(0, tokens, experts.compute(x[tokens], expert).float() * weights)
-    return total.to(x.dtype)
-
-
-def grouped(x: torch.Tensor, experts: Experts, routing: Routing) -> torch.Tensor:
-    """Sort rows by expert, two grouped products, weighted sum: nothing waits for the host on a GPU. [T, H]."""
-    if x.is_cuda:
-        from ch16.parts.moe_benchmark import kernels
-
-        return kernels.grouped(x, experts, routing)
-    places, ends = sort_rows(routing.experts, experts.sizes.experts)
-    rows = arrange(x, places)
-    compute_sorted(rows, experts, ends)
-    return combine(rows, places, routing.weights)
-
-
-def grouped_fp8(x: torch.Tensor, experts: Experts, routing: Routing) -> torch.Tensor:
-    """As `grouped`, with weights and rows in FP8 (a scale each row); needs a GPU with FP8 units. [T, H]."""
-    from ch16.parts.moe_benchmark import kernels
-
-    return kernels.grouped(x, experts, routing, fp8=True)
-
-
-Dispatch = Callable[[torch.Tensor, Experts, Routing], torch.Tensor]
-PATHS: dict[str, Dispatch] = {"loop": loop, "grouped": grouped, "fp8": grouped_fp8}
-
-
-def sort_rows(experts: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each row goes when rows are sorted by expert, and where each expert's rows end.
-
-    Args:
-        experts: [T, K], numbers below `count`.
-        count: experts E.
-
-    Returns:
-        Places [T, K] int64, a permutation of 0 .. R - 1 that keeps the order of tokens, and ends [E] int64.
-    """
-    order = experts.flatten().argsort(stable=True)
-    places = torch.empty_like(order)
-    places[order] = torch.arange(order.numel(), device=order.device)
-    return places.view(experts.shape), torch.bincount(experts.flatten(), minlength=count).cumsum(0)
-
-
-def arrange(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Tokens x [T, H] copied to the places [T, K] of their rows: [R, H]."""
-    rows = x.new_empty(places.numel(), x.shape[1])
-    rows[places.flatten()] = x.repeat_interleave(places.shape[1], dim=0)
-    return rows
-
-
-def compute_sorted(rows: torch.Tensor, experts: Experts, ends: torch.Tensor) -> None:
-    """Rows [R, H], sorted by expert, through their experts, in place (CPU).
-
-    On a CPU a grouped product is a product for each expert that has rows: there is no launch to save.
-    """
-    start = 0
-    for expert, end in enumerate(ends.tolist()):
-        if end > start:
-            rows[start:end] = experts.compute(rows[start:end], expert)
-        start = end
-
-
-def combine(rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Each token's weighted sum of its K rows, added in float32: rows [R, H], places and weights [T, K] to [T, H]."""
-    if rows.is_cuda:
-        from ch16.parts.moe_benchmark import kernels
-
-        return kernels.combine(rows, places, weights)
-    total = torch.zeros(places.shape[0], rows.shape[1])
-    for place, weight in zip(places.T, weights.T, strict=True):  # choice by choice: no copy of all rows in float32
-        total.addcmul_(rows[place].float(), weight[:, None])
-    return total.to(rows.dtype)
-
-
-def check_input(x: torch.Tensor, routing: Routing, sizes: ExpertSizes) -> None:
-    """Raise CannotRun for what no path can compute: no tokens, or more choices than experts."""
-    if x.shape[0] == 0:
-        raise CannotRun("zero tokens: there is nothing to route")
-    if routing.top_k > sizes.experts:
-        raise CannotRun(f"{routing.top_k} experts per token, but there are {sizes.experts}")
+Dispatch = Callable[[torch.Tensor, Experts, Routing], torch.Tensor]  # tokens x [T, H], experts, routing: [T, H]

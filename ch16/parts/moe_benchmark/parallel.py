@@ -2,11 +2,11 @@
 
     sort      a rank's rows by expert, which is also by rank: rank r holds experts r E/N ... (r + 1) E/N - 1
     send      all_to_all: each rank gets the rows of its experts from all ranks
-    compute   the grouped path on what arrived
-    back      all_to_all the other way
-    combine   weighted sum at home
+    compute   the rows that arrived, through this rank's experts
+    back      all_to_all in the other direction
+    combine   weighted sum per token
 
-The busiest rank decides how long `compute` takes: the others wait for its rows.
+The busiest rank decides how long `compute` takes: the other ranks wait for its rows.
 """
 
 import time
@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ch16.parts.moe_benchmark.experts import Dispatch, Experts, Routing, arrange, combine, grouped, sort_rows
+from ch16.parts.moe_benchmark.dispatch import steps_on
+from ch16.parts.moe_benchmark.experts import Dispatch, Experts, Routing
+from ch16.parts.moe_benchmark.plain import arrange, sort_rows
 from ch16.parts.moe_benchmark.routing import expert_load, rank_load, require_divisible
 from common.device import synchronise
 from common.distributed import Ranks
@@ -24,9 +26,9 @@ from common.distributed import Ranks
 
 @dataclass(frozen=True)
 class Exchange:
-    """Who sends how many rows to whom, and what to do with them on arrival."""
+    """How many rows travel between this rank and each other rank, and the experts they are for."""
 
-    places: torch.Tensor  # [T, K]: where each row is among this rank's, sorted by expert
+    places: torch.Tensor  # [T, K]: where each row is among this rank's rows, sorted by expert
     sent: list[int]  # rows to each rank
     received: list[int]  # rows from each rank
     local: Routing  # the received rows' experts here, [R, 1]
@@ -37,33 +39,34 @@ class ExpertParallel:
 
     Args:
         shard: this rank's experts, E / N of them.
-        ranks: this process among the others.
+        ranks: this process among all.
+        dispatch: how a rank computes the rows that arrived.
 
     Calling it is collective: every rank takes part with its own tokens x [T, H] and their routing over all E
     experts, and gets its tokens' outputs [T, H].
     """
 
-    def __init__(self, shard: Experts, ranks: Ranks, path: Dispatch = grouped) -> None:
-        self.shard, self.ranks, self.path = shard, ranks, path
+    def __init__(self, shard: Experts, ranks: Ranks, dispatch: Dispatch) -> None:
+        self.shard, self.ranks, self.dispatch = shard, ranks, dispatch
 
     def __call__(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Send rows to their experts, compute, bring them back, combine: [T, H] to the same shape."""
         exchange = self.agree(routing)
         arrived = self.send(arrange(x, exchange.places), exchange)
         rows = self.back(self.compute(arrived, exchange), exchange)
-        return combine(rows, exchange.places, routing.weights)
+        return steps_on(x.device).combine(rows, exchange.places, routing.weights)
 
     def agree(self, routing: Routing) -> Exchange:
-        """Tell every rank how many rows of each of its experts will come. The host waits for the answer."""
-        here, world = self.shard.sizes.experts, self.ranks.world_size
-        places, ends = sort_rows(routing.experts, here * world)
+        """Tell every rank how many rows will arrive for each of its experts. The host waits for the answer."""
+        share, world = self.shard.sizes.experts, self.ranks.world_size
+        places, ends = sort_rows(routing.experts, share * world)
         counts = torch.diff(ends, prepend=ends.new_zeros(1))  # [E]
-        arriving = torch.empty_like(counts)  # [N, E / N]: from each rank, for each of my experts
+        arriving = torch.empty_like(counts)  # [N, E / N]: from each rank, for each expert of this rank
         dist.all_to_all_single(arriving, counts)
-        experts = torch.arange(here, device=counts.device).repeat(world).repeat_interleave(arriving)
+        experts = torch.arange(share, device=counts.device).repeat(world).repeat_interleave(arriving)
         local = Routing(experts[:, None], torch.ones(len(experts), 1, device=counts.device))
         return Exchange(
-            places, counts.view(world, here).sum(1).tolist(), arriving.view(world, here).sum(1).tolist(), local
+            places, counts.view(world, share).sum(1).tolist(), arriving.view(world, share).sum(1).tolist(), local
         )
 
     def send(self, rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
@@ -73,27 +76,27 @@ class ExpertParallel:
         return arrived
 
     def compute(self, rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
-        """The rows that arrived through this rank's experts; a rank may get none."""
-        return self.path(rows, self.shard, exchange.local) if len(rows) else rows
+        """The rows that arrived, through this rank's experts; there may be none."""
+        return self.dispatch(rows, self.shard, exchange.local)
 
     def back(self, rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
-        """Computed rows to where they came from, sorted by expert again."""
-        home = rows.new_empty(exchange.places.numel(), rows.shape[1])
-        dist.all_to_all_single(home, rows, exchange.sent, exchange.received)
-        return home
+        """Computed rows to the ranks they came from, sorted by expert again."""
+        returned = rows.new_empty(exchange.places.numel(), rows.shape[1])
+        dist.all_to_all_single(returned, rows, exchange.sent, exchange.received)
+        return returned
 
 
 def rank_part(routing: Routing, experts: int, rank: int, ranks: int) -> tuple[torch.Tensor, Routing]:
-    """What one of `ranks` ranks would compute if it had to: token of each row [R], and their routing there [R, 1]."""
+    """What rank `rank` of `ranks` would compute: the token of each of its rows [R], and their routing there [R, 1]."""
     require_divisible(experts, ranks)
-    here = experts // ranks
-    tokens, choice = (routing.experts // here == rank).nonzero(as_tuple=True)
-    chosen = routing.experts[tokens, choice] - rank * here
+    share = experts // ranks
+    tokens, choice = (routing.experts // share == rank).nonzero(as_tuple=True)
+    chosen = routing.experts[tokens, choice] - rank * share
     return tokens, Routing(chosen[:, None], torch.ones(len(tokens), 1, device=tokens.device))
 
 
 def busiest_part(routing: Routing, experts: int, ranks: int) -> tuple[int, torch.Tensor, Routing]:
-    """The rank with most rows, and its part as `rank_part` gives it."""
+    """The rank with the most rows, and its part as `rank_part` gives it."""
     busiest = int(rank_load(expert_load(routing, experts), ranks).argmax())
     return busiest, *rank_part(routing, experts, busiest, ranks)
 
@@ -102,16 +105,16 @@ def busiest_part(routing: Routing, experts: int, ranks: int) -> tuple[int, torch
 def measure_parallel(
     layer: ExpertParallel, cases: Mapping[str, tuple[torch.Tensor, Routing]], repeats: int
 ) -> dict[str, dict[str, float]]:
-    """Medians over `repeats`, in seconds, the same on every rank; collective. Cases are timed turn by turn.
+    """Medians over `repeats` in seconds, the same on every rank; collective. Cases are timed turn by turn.
 
     Args:
         cases: by name, this rank's tokens x [T, H] and their routing.
 
     Returns:
-        For each case: `step`, the whole layer, and its parts, timed apart with all ranks starting together. `compute`
-        is the mean of the ranks, `imbalance` what the slowest adds to it, `exchange` the two all_to_alls of rows, and
-        `rest` what remains: agreeing on numbers of rows, sorting, weighted sums, and ranks out of step. `spread` is no
-        time: the interquartile range of `step` over its median, on the rank where it is largest.
+        For each case: `step`, the whole layer, and its parts, each timed with all ranks starting together. `compute`
+        is the mean of the ranks, `imbalance` what the slowest rank adds, `exchange` the two all_to_alls of rows, and
+        `rest` the difference: agreeing on numbers of rows, sorting, weighted sums, and ranks out of step. `spread` is
+        the interquartile range of `step` over its median, on the rank where it is largest.
     """
     works = {}
     for name, (x, routing) in cases.items():
@@ -145,7 +148,7 @@ def measure_parallel(
 
 
 def _together(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, all ranks starting at once; the device has finished when the clock stops."""
+    """Seconds of one call with all ranks starting at once, until the device has finished."""
     dist.barrier()
     synchronise(device)
     start = time.perf_counter()

@@ -1,13 +1,13 @@
 """How many tokens/s will this MoE give, and how many GPUs does it need? Arithmetic on measured parts.
 
     step(T)   = layers x (layer(T) + exchange(T)) + head(sequences)
-    prefill   = ceil(ceil(sequences / ranks) x tokens_in / chunk) steps of up to `chunk` tokens a rank
-    decode    = (tokens_out - 1) steps of one token a sequence
+    prefill   = ceil(ceil(sequences / ranks) x tokens_in / chunk) steps of up to `chunk` tokens per rank
+    decode    = (tokens_out - 1) steps of one token per sequence
     tokens/s  = sequences x tokens_out / (prefill + decode)
 
 Ranks share sequences evenly (data-parallel attention) and hold E / N experts each (expert parallelism). A layer takes
-as long as on its busiest rank. Left out: what a real engine does between steps (vLLM overlaps it with the step that
-runs), and a prompt's attention to its own earlier chunks.
+as long as on its busiest rank. The formula leaves out a real engine's work between steps (vLLM overlaps it with the
+running step), and a prompt's attention to its own earlier chunks.
 """
 
 import math
@@ -36,7 +36,7 @@ class Workload:
         return math.ceil(self.rank_sequences(ranks) * self.tokens_in / self.chunk)
 
     def rank_sequences(self, ranks: int) -> int:
-        """Sequences of the rank that has most."""
+        """Sequences of the rank with the most."""
         return math.ceil(self.sequences / ranks)
 
     def prefill_sequences(self, ranks: int) -> int:
@@ -51,7 +51,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds of what a step is made of: one layer, its exchange between ranks, and the head."""
+    """Seconds of the parts of a step: one layer, its exchange between ranks, and the head."""
 
     layer: float
     head: float
@@ -65,7 +65,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Link:
-    """Between GPUs of a host: bytes/s each way out of one GPU, seconds until they start, and where this is from."""
+    """Between GPUs of a host: bytes/s out of one GPU, where that is from, and seconds until an exchange starts."""
 
     bytes_per_s: float | None
     source: str
@@ -75,7 +75,7 @@ class Link:
         """Rows [rows, hidden] of a rank to their experts and back: two all_to_alls; (N - 1) / N of the rows leave.
 
         Raises:
-            CannotRun: several ranks, and nothing is known about what connects them.
+            CannotRun: several ranks, and the link between them is unknown.
         """
         if ranks == 1:
             return 0.0
@@ -85,7 +85,7 @@ class Link:
 
 
 def link_between_gpus(machine: Machine, gb_per_s: float | None, latency_us: float | None) -> Link:
-    """The link as given, else by the machine's data sheet, else unknown.
+    """The link as given, else from the machine's data sheet, else unknown.
 
     Args:
         gb_per_s: 1e9 bytes/s out of a GPU; None: not given.
@@ -127,11 +127,11 @@ def fits(memory: dict[str, float], available: float) -> bool:
 
 
 def gpus_needed(rows: Sequence[dict], target: float) -> int | None:
-    """The smallest number of GPUs that fits and reaches `target` tokens/s; None if none in the plan does."""
+    """The fewest GPUs that fit and reach `target` tokens/s; None if no row of the plan does."""
     return min((r["gpus"] for r in rows if r["fits"] == "yes" and (r["tokens_per_s"] or 0) >= target), default=None)
 
 
 def gpus_text(needed: int | None, most: int) -> str:
-    """The same in words, for a plan that ends with `most` GPUs: "1 GPU", "4 GPUs", "more than 8 GPUs"."""
+    """In words, for a plan that ends with `most` GPUs: "1 GPU", "4 GPUs", "more than 8 GPUs"."""
     count = needed or most
     return f"{'' if needed else 'more than '}{count} GPU{'' if count == 1 else 's'}"

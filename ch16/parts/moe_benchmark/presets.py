@@ -1,4 +1,4 @@
-"""Published mixture-of-experts models as sizes: what a layer and a whole model weigh, compute and keep."""
+"""Published mixture-of-experts models by their sizes, and whether a layer fits into memory."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -52,25 +52,6 @@ class Preset:
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
-def from_config(name: str, config: Mapping[str, object]) -> Preset:
-    """A preset from the content of a model's config.json.
-
-    The whole model is known where all layers are alike; of models with dense layers, experts shared by all tokens or
-    latent attention, only the layer of routed experts is.
-
-    Raises:
-        CannotRun: the model is no mixture of experts.
-    """
-    counts = (config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
-    experts, top_k = next(filter(None, counts), 0), config.get("num_experts_per_tok")
-    if not experts or not top_k:
-        raise CannotRun(f"{name} is no mixture of experts: its config.json names no experts")
-    try:
-        return _from_known(name, config, experts, top_k)
-    except KeyError as error:
-        raise CannotRun(f"{name}: its config.json has no {error}") from None
-
-
 # What makes layers differ from each other, or adds parts that are not in this benchmark.
 _OTHER_PARTS = (
     "first_k_dense_replace",
@@ -81,36 +62,50 @@ _OTHER_PARTS = (
 )
 
 
-def _from_known(name: str, config: Mapping[str, object], experts: int, top_k: int) -> Preset:
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    layer = Preset(name, hidden, config.get("moe_intermediate_size") or config["intermediate_size"], experts, top_k)
-    if any(config.get(key) for key in _OTHER_PARTS) or config.get("decoder_sparse_step", 1) != 1:
-        return layer
-    return replace(
-        layer,
-        layers=config["num_hidden_layers"],
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or hidden // heads,
-        vocab=config["vocab_size"],
-    )
+def from_config(name: str, config: Mapping[str, object]) -> Preset:
+    """A preset from the content of a model's config.json.
+
+    The whole model is known where all layers are alike. Of models with dense layers, experts shared by all tokens or
+    latent attention, only the layer of routed experts is known.
+
+    Raises:
+        CannotRun: the model is no mixture of experts.
+    """
+    counts = (config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+    experts, top_k = next(filter(None, counts), 0), config.get("num_experts_per_tok")
+    if not experts or not top_k:
+        raise CannotRun(f"{name} is no mixture of experts: its config.json names no experts")
+    try:
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        layer = Preset(name, hidden, config.get("moe_intermediate_size") or config["intermediate_size"], experts, top_k)
+        if any(map(config.get, _OTHER_PARTS)) or config.get("decoder_sparse_step", 1) != 1:
+            return layer
+        return replace(
+            layer,
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or hidden // heads,
+            vocab=config["vocab_size"],
+        )
+    except KeyError as error:
+        raise CannotRun(f"{name}: its config.json has no {error}") from None
 
 
 def require_memory(
-    preset: Preset, tokens: int, machine: Machine, copies: float = 1.0, contenders: int = 1, more: float = 0.0
+    preset: Preset, tokens: int, machine: Machine, copies: float = 1.0, contenders: int = 1, extra: float = 0.0
 ) -> None:
-    """Raise CannotRun before anything is allocated if a layer's weights and its rows cannot be held.
+    """Raise CannotRun before anything is allocated if a layer's weights and its rows do not fit into memory.
 
     Args:
         tokens: the layer's input.
         copies: of the weights: an FP8 copy counts half.
-        contenders: works that keep their rows at the same time; a CUDA graph never gives its memory back.
-        more: bytes of everything else.
+        contenders: works that keep their rows at the same time; a CUDA graph keeps its memory.
+        extra: further bytes.
     """
     weights = copies * machine.itemsize * preset.experts * preset.sizes.parameters
     rows = tokens * preset.top_k * (2 * preset.hidden + preset.sizes.rows_in + preset.intermediate)
-    rows *= machine.itemsize * contenders
-    rows += more
+    rows = rows * machine.itemsize * contenders + extra
     free = free_bytes(machine)
     if weights + rows > 0.95 * free:
         raise CannotRun(
@@ -123,47 +118,26 @@ def require_memory(
 def those_that_fit(
     presets: Sequence[Preset], tokens: int, machine: Machine, **needs: float
 ) -> tuple[list[Preset], list[str]]:
-    """The presets for which `require_memory` raises nothing, and what it says about the others.
+    """The presets that pass `require_memory`, and its messages about the rest.
 
     Raises:
         CannotRun: none fits.
     """
-    fitting, others = [], []
+    fitting, left_out = [], []
     for preset in presets:
         try:
             require_memory(preset, tokens, machine, **needs)
             fitting.append(preset)
         except CannotRun as error:
-            others.append(str(error))
+            left_out.append(str(error))
     if not fitting:
-        raise CannotRun(others[0])
-    return fitting, others
+        raise CannotRun(left_out[0])
+    return fitting, left_out
 
-
-# Layers of routed experts, from the config.json of the named hub repository; whole models are in common/models.py.
-_LAYERS_ONLY = {
-    # deepseek-ai/DeepSeek-V3
-    "deepseek-v3": {
-        "hidden_size": 7168,
-        "moe_intermediate_size": 2048,
-        "n_routed_experts": 256,
-        "num_experts_per_tok": 8,
-        "n_shared_experts": 1,
-        "num_attention_heads": 128,
-    },
-    # zai-org/GLM-4.5-Air
-    "glm-4.5-air": {
-        "hidden_size": 4096,
-        "moe_intermediate_size": 1408,
-        "n_routed_experts": 128,
-        "num_experts_per_tok": 8,
-        "n_shared_experts": 1,
-        "num_attention_heads": 96,
-    },
-}
 
 PRESETS: dict[str, Preset] = {
-    name: from_config(name, config)
-    for name, config in (SHAPES | _LAYERS_ONLY).items()
-    if "num_experts_per_tok" in config
+    name: from_config(name, config) for name, config in SHAPES.items() if "num_experts_per_tok" in config
 }
+# Layers of routed experts, from the config.json of deepseek-ai/DeepSeek-V3 and zai-org/GLM-4.5-Air.
+PRESETS["deepseek-v3"] = Preset("deepseek-v3", hidden=7168, intermediate=2048, experts=256, top_k=8)
+PRESETS["glm-4.5-air"] = Preset("glm-4.5-air", hidden=4096, intermediate=1408, experts=128, top_k=8)

@@ -1,13 +1,15 @@
-"""Expert parallelism measured: experts spread over this run's processes, against one process alone."""
+"""Expert parallelism measured: experts spread over this run's processes, checked against one process."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
-from ch16.parts.moe_benchmark.experts import TOLERANCE, Experts, Routing, grouped
+from ch16.parts.moe_benchmark.experts import Dispatch, Experts, Routing
 from ch16.parts.moe_benchmark.parallel import ExpertParallel, measure_parallel
 from ch16.parts.moe_benchmark.presets import Preset, require_memory
+from ch16.parts.moe_benchmark.reference import TOLERANCE
 from ch16.parts.moe_benchmark.routing import (
     PATTERNS,
     expert_load,
@@ -16,31 +18,15 @@ from ch16.parts.moe_benchmark.routing import (
     require_divisible,
     rows_exchanged,
 )
+from ch16.parts.moe_benchmark.sizes import MoESizes
 from common.cli import CannotRun
 from common.device import torch_dtype
 from common.distributed import Ranks
 from common.gpu import Machine
-from common.plots import draw, save_plot
-from common.results import Column
-
-RANK_COLUMNS = (
-    Column("pattern", "routing"),
-    Column("tokens", "tokens a rank", ",d"),
-    Column("rank_max_mean", "busiest rank, rows / mean", ".2f"),
-    Column("step_ms", "layer ms", ".3f"),
-    Column("compute_ms", "compute ms", ".3f"),
-    Column("imbalance_ms", "imbalance ms", ".3f"),
-    Column("exchange_ms", "exchange ms", ".3f"),
-    Column("rest_ms", "rest ms", ".3f"),
-    Column("gb_per_s", "exchange GB/s, busiest rank", ".2f"),
-    Column("tokens_per_s", "tokens/s", ",.0f"),
-    Column("rank_cost_percent", "time over balanced %", "+.1f"),
-    Column("rank_spread_percent", "spread of layer ms %", ".0f"),
-)
 
 
 def require_ranks(preset: Preset, tokens: int, machine: Machine, ranks: Ranks) -> None:
-    """Raise CannotRun, on every rank alike, if one of them could not go on: before anything is allocated."""
+    """Raise CannotRun on every rank if any rank cannot go on, before anything is allocated."""
     world, problem = ranks.world_size, None
     shared = world if machine.device == "cpu" else 1  # on a CPU all ranks share the memory
     try:
@@ -56,69 +42,53 @@ def require_ranks(preset: Preset, tokens: int, machine: Machine, ranks: Ranks) -
 
 @torch.no_grad()
 def measure_ranks(
-    preset: Preset, tokens_list: tuple[int, ...], machine: Machine, ranks: Ranks, repeats: int, seed: int
+    preset: Preset, dispatch: Dispatch, machine: Machine, ranks: Ranks, sizes: MoESizes, seed: int
 ) -> list[dict]:
-    """Rows of RANK_COLUMNS for each number of tokens a rank and each routing pattern.
+    """Rows of RANK_COLUMNS for each number of tokens per rank and each routing pattern.
 
     Raises:
         CannotRun: experts do not divide by ranks, they do not fit in memory, or the outputs differ from one process's.
     """
-    require_ranks(preset, max(tokens_list), machine, ranks)
+    require_ranks(preset, max(sizes.tokens), machine, ranks)
     world = ranks.world_size
     torch.manual_seed(seed)  # the same weights on every rank, which keeps its share and checks against the whole
     experts = Experts.random(preset.sizes, ranks.device.type, torch_dtype(machine))
     torch.manual_seed(seed + 1 + ranks.rank)  # other tokens on every rank
-    here, rows = preset.experts // world, []
-    layer = ExpertParallel(experts.part(ranks.rank * here, here), ranks)
-    for tokens in tokens_list:
+    share, rows = preset.experts // world, []
+    layer = ExpertParallel(experts.part(ranks.rank * share, share), ranks, dispatch)
+    for tokens in tqdm(sizes.tokens, desc="ranks", leave=False, disable=None if ranks.rank == 0 else True):
         cases, routings, errors = {}, {}, {}
         for pattern in PATTERNS:
             routing = make_routing(pattern, tokens * world, preset.experts, preset.top_k, seed)
             routings[pattern] = routing
-            mine = slice(ranks.rank * tokens, (ranks.rank + 1) * tokens)
-            own = Routing(routing.experts[mine].to(ranks.device), routing.weights[mine].to(ranks.device))
+            part = slice(ranks.rank * tokens, (ranks.rank + 1) * tokens)
+            own = Routing(routing.experts[part].to(ranks.device), routing.weights[part].to(ranks.device))
             x = torch.randn(tokens, preset.hidden, device=ranks.device, dtype=experts.w_in.dtype)
-            errors[pattern] = _largest_difference(layer(x, own), grouped(x, experts, own))
+            errors[pattern] = _largest_difference(layer(x, own), dispatch(x, experts, own))
             if not errors[pattern] <= TOLERANCE:
                 raise CannotRun(f"{world} ranks disagree with one process by {100 * errors[pattern]:.1f}%")
             cases[pattern] = x, own
-        seconds = measure_parallel(layer, cases, 4 * repeats)  # processes get out of step at random
-        for pattern, (x, _) in cases.items():
-            load, took = expert_load(routings[pattern], preset.experts), seconds[pattern]
-            by_rank = rank_load(load, world)
-            busiest = rows_exchanged(routings[pattern], world, here) * preset.hidden * x.element_size()
-            rows.append(
-                {
-                    "pattern": pattern,
-                    "tokens": tokens,
-                    "max_mean": float(load.max() / load.mean()),
-                    "rank_max_mean": float(by_rank.max() / by_rank.mean()),
-                    **{f"{name}_ms": 1e3 * value for name, value in took.items() if name != "spread"},
-                    "rank_spread_percent": 100 * took["spread"],
-                    "gb_per_s": 2 * busiest / took["exchange"] / 1e9 if busiest else None,  # there and back
-                    "tokens_per_s": tokens * world / took["step"],
-                    "rank_cost_percent": 100 * (took["step"] / seconds[PATTERNS[0]]["step"] - 1),
-                    "error": errors[pattern],
-                }
-            )
+        seconds = measure_parallel(layer, cases, 4 * sizes.repeats)  # processes get out of step at random
+        for pattern in PATTERNS:
+            row = _row(preset, experts.w_in.element_size(), routings[pattern], world, seconds[pattern])
+            row["rank_cost_percent"] = 100 * (seconds[pattern]["step"] / seconds[PATTERNS[0]]["step"] - 1)
+            rows.append({"pattern": pattern, "tokens": tokens, **row, "error": errors[pattern]})
     return rows
 
 
-def plot_ranks(path: str, rows: Sequence[dict]) -> None:
-    """Where the time of a layer goes, a stack for each routing, one plot for each number of tokens."""
-    sizes = sorted({row["tokens"] for row in rows})
-    figure, axes = draw(len(sizes))
-    for axis, tokens in zip(axes, sizes, strict=True):
-        shown = [row for row in rows if row["tokens"] == tokens]
-        names, below = [row["pattern"] for row in shown], [0.0] * len(shown)
-        for part in ("compute", "imbalance", "exchange", "rest"):
-            heights = [max(0.0, row[f"{part}_ms"]) for row in shown]  # the rest is a difference: noise can turn it
-            axis.bar(names, heights, bottom=below, label=part)
-            below = [low + height for low, height in zip(below, heights, strict=True)]
-        axis.plot(names, [row["step_ms"] for row in shown], "k_", markersize=24, label="layer, measured whole")
-        axis.set(title=f"{tokens:,} tokens a rank, ms", ylim=(0, 1.3 * max(row["step_ms"] for row in shown)))
-        axis.legend(loc="upper center", ncols=3)
-    save_plot(figure, path)
+def _row(preset: Preset, itemsize: int, routing: Routing, world: int, seconds: Mapping[str, float]) -> dict:
+    """The load of `world` ranks, and the seconds of `measure_parallel`: keys of RANK_COLUMNS."""
+    load = expert_load(routing, preset.experts)
+    by_rank = rank_load(load, world)
+    busiest = rows_exchanged(routing, world, preset.experts // world) * preset.hidden * itemsize
+    return {
+        "max_mean": float(load.max() / load.mean()),
+        "rank_max_mean": float(by_rank.max() / by_rank.mean()),
+        **{f"{name}_ms": 1e3 * value for name, value in seconds.items() if name != "spread"},
+        "rank_spread_percent": 100 * seconds["spread"],
+        "gb_per_s": 2 * busiest / seconds["exchange"] / 1e9 if busiest else None,  # there and back
+        "tokens_per_s": len(routing.experts) / seconds["step"],
+    }
 
 
 def _largest_difference(found: torch.Tensor, expected: torch.Tensor) -> float:

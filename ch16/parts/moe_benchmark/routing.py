@@ -2,11 +2,11 @@
 
 Load balance is described by the measures of the field. With c[e] rows for expert e of E, R rows in all:
 
-    max / mean            how much longer the busiest expert works than it would if all worked alike
-    coefficient of variation   standard deviation of c over its mean
-    entropy               -sum p log p / log E with p = c / R: 1 is even, 0 is one expert for all
-    empty                 experts without a row
-    dropped               rows beyond capacity = ceil(factor x R / E) an expert (Switch Transformer, arXiv 2101.03961)
+    max / mean   rows of the busiest expert over the mean
+    CV           coefficient of variation: standard deviation of c over its mean
+    entropy      -sum p log p / log E with p = c / R: 1 is even, 0 is one expert for all
+    empty        experts without a row
+    dropped      rows beyond the capacity of an expert, ceil(factor x R / E) (Switch Transformer, arXiv 2101.03961)
 """
 
 import math
@@ -22,13 +22,14 @@ PATTERNS = ("balanced", "uniform", "zipf", "hot")
 ZIPF_EXPONENT = 1.0
 HOT_SHARE = 0.5  # of the tokens go to the hot expert with one of their choices
 CAPACITY_FACTOR = 1.25
+RANKS = 8  # emulated, where the cost of the busiest rank is measured on one device
 
 
 def make_routing(pattern: str, tokens: int, experts: int, top_k: int, seed: int = 0, device: str = "cpu") -> Routing:
     """Simulated choices of a router.
 
     Args:
-        pattern: "balanced": as even as numbers allow (no router does that). "uniform": each choice equally likely, so
+        pattern: "balanced": as even as numbers allow (no real router is). "uniform": each choice equally likely, so
             uneven by chance. "zipf": the expert of rank r is 1 / r as popular. "hot": half of all tokens choose
             expert 0, the other choices are uniform.
         tokens, experts, top_k: T, E and K; choices of a token differ.
@@ -43,7 +44,7 @@ def make_routing(pattern: str, tokens: int, experts: int, top_k: int, seed: int 
         raise CannotRun(f"{top_k} experts per token, but there are {experts}")
     generator = torch.Generator().manual_seed(seed)
     noise = -torch.log(-torch.log(torch.rand(tokens, experts, generator=generator).clamp_min(1e-9)))
-    shuffled = torch.randperm(experts, generator=generator)  # neighbours share a rank: popular ones should not be
+    shuffled = torch.randperm(experts, generator=generator)  # neighbours share a rank: popular experts should not
     scores = noise  # the K largest of log p + Gumbel noise are K draws without replacement
     if pattern == "balanced":
         turn = torch.arange(tokens * top_k).view(tokens, top_k) % experts  # each token takes the next K
@@ -96,17 +97,17 @@ def rank_load(load: Sequence[int] | np.ndarray, ranks: int) -> np.ndarray:
     return load.reshape(ranks, -1).sum(axis=1)
 
 
-def rows_exchanged(routing: Routing, ranks: int, here: int) -> int:
-    """The most rows that a rank sends to others, or gets from them, when tokens and experts are spread in order.
+def rows_exchanged(routing: Routing, ranks: int, share: int) -> int:
+    """The most rows a rank sends to other ranks, or receives, when tokens and experts are spread in order.
 
     Args:
         routing: of the tokens of all ranks, [T, k].
-        here: experts of a rank.
+        share: experts per rank.
     """
-    homes = routing.experts.cpu() // here
+    homes = routing.experts.cpu() // share
     owners = (torch.arange(len(homes)) * ranks // len(homes))[:, None].expand_as(homes)
-    away = homes != owners
-    counts = [torch.bincount(side[away], minlength=ranks).max() for side in (owners, homes)]
+    leaving = homes != owners
+    counts = [torch.bincount(side[leaving], minlength=ranks).max() for side in (owners, homes)]
     return int(max(counts))
 
 

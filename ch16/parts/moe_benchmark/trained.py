@@ -4,24 +4,13 @@ import torch
 import torch.nn as nn
 
 from ch16.parts.moe_benchmark.experts import Routing, route
-from ch16.parts.moe_benchmark.routing import expert_load, load_balance
 from common.cli import CannotRun, first_line
 from common.gpu import Machine
 from common.models import Model
-from common.results import Column
 from common.text import load_model, token_windows
 
 WINDOW = 256  # tokens read at a time
 CHOICE_BIASES = ("e_score_correction_bias", "expert_bias")  # added to an expert's score for the choice alone
-
-TRAINED_COLUMNS = (
-    Column("layer", "layer", "d"),
-    Column("max_mean", "max / mean", ".2f"),
-    Column("cv", "CV", ".2f"),
-    Column("entropy", "entropy", ".3f"),
-    Column("empty_percent", "empty %", ".1f"),
-    Column("dropped_percent", "dropped %", ".1f"),
-)
 
 
 def trained_routing(network: nn.Module, ids: torch.Tensor, top_k: int) -> list[Routing]:
@@ -36,9 +25,9 @@ def trained_routing(network: nn.Module, ids: torch.Tensor, top_k: int) -> list[R
 
 
 def _require_plain_choice(network: nn.Module) -> None:
-    """Raise CannotRun unless a token goes to the experts with the largest logits, and nothing else has a say.
+    """Raise CannotRun unless the largest logits alone decide which experts a token goes to.
 
-    DeepSeek-V3 and its kin add a bias to each expert's score that evens out the load, or choose groups of experts
+    DeepSeek-V3 and its relatives add a bias to each expert's score that evens out the load, or choose groups of experts
     first: the largest logits alone would show a load that the model does not have.
     """
     tensors = (*network.named_parameters(), *network.named_buffers())
@@ -77,8 +66,3 @@ def read_with(model: Model, text: str, tokens: int, top_k: int, machine: Machine
         raise CannotRun(f"the tokenizer of {model.name} gives ids that the model does not know")
     layers = trained_routing(network, ids.to(machine.device), top_k)
     return [Routing(layer.experts[:tokens], layer.weights[:tokens]) for layer in layers]
-
-
-def balance_rows(layers: list[Routing], experts: int) -> list[dict]:
-    """Load balance of each layer: rows of TRAINED_COLUMNS."""
-    return [{"layer": i, **load_balance(expert_load(routing, experts))} for i, routing in enumerate(layers)]

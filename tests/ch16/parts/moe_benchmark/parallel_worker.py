@@ -7,7 +7,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import torch
 
-from ch16.parts.moe_benchmark.experts import Experts, ExpertSizes, Routing, grouped
+from ch16.moe_benchmark import grouped
+from ch16.parts.moe_benchmark.experts import Experts, ExpertSizes, Routing
 from ch16.parts.moe_benchmark.parallel import ExpertParallel, measure_parallel
 from ch16.parts.moe_benchmark.routing import PATTERNS, make_routing
 from common.distributed import process_group
@@ -19,8 +20,8 @@ with torch.no_grad(), process_group(device, timeout_s=60) as ranks:
         torch.manual_seed(0)
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         experts = Experts.random(ExpertSizes(64, 32, 8, gated), ranks.device.type, dtype)
-        here = 8 // ranks.world_size
-        layer = ExpertParallel(experts.part(ranks.rank * here, here), ranks)
+        share = 8 // ranks.world_size
+        layer = ExpertParallel(experts.part(ranks.rank * share, share), ranks, grouped)
         torch.manual_seed(1 + ranks.rank)  # other tokens on every rank
         tokens = 5 + 3 * ranks.rank  # ranks need not have equally many
         x = torch.randn(tokens, 64, device=ranks.device, dtype=dtype)

@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ch16.parts.moe_benchmark.capacity import Capacity, validation_rows
+from ch16.moe_benchmark import grouped
+from ch16.parts.moe_benchmark.capacity import Capacity
 from ch16.parts.moe_benchmark.planner import Link, Workload
 from ch16.parts.moe_benchmark.presets import Preset
 from common.gpu import detect
@@ -16,7 +17,7 @@ WORK = Workload(sequences=4, tokens_in=8, tokens_out=5, chunk=64)
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_plans_row_is_made_of_its_parts(ranks):
-    capacity = Capacity(SMALL, MACHINE, Link(1e9, "test"), repeats=2, seed=0)
+    capacity = Capacity(SMALL, grouped, MACHINE, Link(1e9, "test"), repeats=2, seed=0)
     row = capacity.plan_row(WORK, ranks)
     assert row["gpus"] == ranks and row["fits"] == "yes"
     assert row["decode_step_ms"] == pytest.approx(3 * (row["layer_ms"] + row["exchange_ms"]) + row["head_ms"])
@@ -26,19 +27,13 @@ def test_a_plans_row_is_made_of_its_parts(ranks):
 
 
 def test_other_ranks_are_computed_with_a_share_of_the_experts(monkeypatch):
-    capacity, seen = Capacity(SMALL, MACHINE, Link(1e9, "test"), repeats=1, seed=0), []
-    ours = capacity.path
-    capacity.path = lambda x, experts, routing: (
+    capacity, seen = Capacity(SMALL, grouped, MACHINE, Link(1e9, "test"), repeats=1, seed=0), []
+    dispatch = capacity.dispatch
+    capacity.dispatch = lambda x, experts, routing: (
         seen.append((len(x), experts.sizes.experts)),
-        ours(x, experts, routing),
+        dispatch(x, experts, routing),
     )[1]
     torch.manual_seed(0)
     capacity.parts(WORK, 4, "decode")
     assert {experts for _, experts in seen} == {2}
     assert all(1 <= rows <= 4 * 2 for rows, _ in seen)  # at least the mean, at most all rows
-
-
-def test_errors_of_a_prediction():
-    predicted = {"tokens_per_s": 110.0, "decode_step_ms": 9.0, "prefill_s": 1.0}
-    measured = {"tokens_per_s": 100.0, "itl_p50_ms": 10.0, "prefill_s": 1.0}
-    assert [round(row["error_percent"]) for row in validation_rows(predicted, measured)] == [10, -10, 0]

@@ -2,8 +2,9 @@ import math
 
 import torch
 
+from ch16.moe_benchmark import grouped
 from ch16.parts.moe_benchmark.decoder import DecoderLayer, sample
-from ch16.parts.moe_benchmark.experts import Experts, grouped
+from ch16.parts.moe_benchmark.experts import Experts
 from ch16.parts.moe_benchmark.presets import Preset
 
 SMALL = Preset("small", 32, 16, 4, 2, layers=1, heads=4, kv_heads=2, head_dim=8, vocab=50)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from ch16.parts.moe_benchmark import experts as moe
-from ch16.parts.moe_benchmark.experts import TOLERANCE, TOLERANCE_FP8, Experts, ExpertSizes, Routing, reference
+from ch16.moe_benchmark import DISPATCH, grouped
+from ch16.parts.moe_benchmark import plain
+from ch16.parts.moe_benchmark.experts import Experts, ExpertSizes, Routing
+from ch16.parts.moe_benchmark.reference import TOLERANCE, TOLERANCE_FP8, reference
 from ch16.parts.moe_benchmark.routing import make_routing
 
 pytestmark = pytest.mark.gpu
@@ -28,7 +30,7 @@ SHAPES = [  # hidden, intermediate, experts, top-k, tokens, gated
 @pytest.mark.parametrize("pattern", ["uniform", "zipf", "hot"])
 @pytest.mark.parametrize("name", ["loop", "grouped", "fp8"])
 @torch.no_grad()
-def test_paths_agree_with_float64(shape, pattern, name):
+def test_every_dispatch_agrees_with_float64(shape, pattern, name):
     hidden, intermediate, count, top_k, tokens, gated = shape
     torch.manual_seed(tokens)
     experts = Experts.random(ExpertSizes(hidden, intermediate, count, gated), "cuda")
@@ -36,7 +38,7 @@ def test_paths_agree_with_float64(shape, pattern, name):
     routing = make_routing(pattern, tokens, count, top_k, seed=tokens, device="cuda")
     some = torch.linspace(0, tokens - 1, min(tokens, 12), device="cuda").long()
     expected = reference(x[some], experts, Routing(routing.experts[some], routing.weights[some]))
-    found = moe.PATHS[name](x, experts, routing)[some].double()
+    found = DISPATCH[name](x, experts, routing)[some].double()
     assert (found - expected).norm() / expected.norm() < (TOLERANCE_FP8 if name == "fp8" else TOLERANCE)
 
 
@@ -47,7 +49,7 @@ def test_sort_is_the_cpus(tokens, count):
 
     routing = make_routing("zipf", tokens, count, min(count, 4), seed=tokens)
     places, ends = kernels.sort_rows(routing.experts.cuda(), count)
-    expected_places, expected_ends = moe.sort_rows(routing.experts, count)
+    expected_places, expected_ends = plain.sort_rows(routing.experts, count)
     assert torch.equal(places.cpu().long(), expected_places) and torch.equal(ends.cpu().long(), expected_ends)
 
 
@@ -56,25 +58,25 @@ def test_experts_nobody_chose_are_not_read():
     experts = Experts.random(ExpertSizes(256, 128, 16, gated=True), "cuda")
     x = torch.randn(20, 256, device="cuda", dtype=torch.bfloat16)
     routing = make_routing("uniform", 20, 8, 2, device="cuda")  # experts 8 to 15 get nothing
-    before = moe.grouped(x, experts, routing)
+    before = grouped(x, experts, routing)
     experts.w_in[8:], experts.w_out[8:] = float("nan"), float("nan")
-    assert torch.equal(moe.grouped(x, experts, routing), before)
+    assert torch.equal(grouped(x, experts, routing), before)
 
 
 @torch.no_grad()
 def test_views_no_tokens_and_other_types():
     experts = Experts.random(ExpertSizes(256, 128, 8, gated=True), "cuda")
-    wide, routing = (
-        torch.randn(20, 512, device="cuda", dtype=torch.bfloat16),
-        make_routing("uniform", 20, 8, 2, 0, "cuda"),
-    )
+    wide = torch.randn(20, 512, device="cuda", dtype=torch.bfloat16)
+    routing = make_routing("uniform", 20, 8, 2, 0, "cuda")
     view, weights = wide[:, :256], routing.weights.repeat_interleave(2, dim=1)[:, ::2]
-    expected = moe.grouped(view.contiguous(), experts, routing)
-    assert torch.equal(moe.grouped(view, experts, Routing(routing.experts, weights)), expected)
+    expected = grouped(view.contiguous(), experts, routing)
+    assert torch.equal(grouped(view, experts, Routing(routing.experts, weights)), expected)
     nobody = Routing(routing.experts[:0], routing.weights[:0])
-    assert moe.grouped(view[:0], experts, nobody).shape == (0, 256)
+    assert grouped(view[:0], experts, nobody).shape == (0, 256)
     with pytest.raises(ValueError, match="compute bfloat16"):
-        moe.grouped(view.float(), experts, routing)
+        grouped(view.float(), experts, routing)
+    with pytest.raises(ValueError, match="compute bfloat16"):
+        grouped(view, experts.float(), routing)
 
 
 @pytest.mark.parametrize(("tokens", "name"), [(100, "grouped"), (100, "fp8"), (9000, "grouped"), (9000, "fp8")])
@@ -87,8 +89,8 @@ def test_nothing_waits_for_the_host(tokens, name):
     x = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16)
     routing = make_routing("uniform", tokens, 16, 2, device="cuda")
     out = torch.empty_like(x)
-    replay = graphed(lambda: out.copy_(moe.PATHS[name](x, experts, routing)))
+    replay = graphed(lambda: out.copy_(DISPATCH[name](x, experts, routing)))
     x.normal_()
     routing.experts.copy_(make_routing("zipf", tokens, 16, 2, device="cuda").experts)
     replay()
-    assert torch.equal(out, moe.PATHS[name](x, experts, routing))
+    assert torch.equal(out, DISPATCH[name](x, experts, routing))

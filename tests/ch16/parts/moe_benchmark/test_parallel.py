@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ch16.parts.moe_benchmark.experts import Experts, ExpertSizes, Routing, grouped
+from ch16.moe_benchmark import grouped
+from ch16.parts.moe_benchmark.experts import Experts, ExpertSizes, Routing
 from ch16.parts.moe_benchmark.parallel import rank_part
 from ch16.parts.moe_benchmark.routing import PATTERNS, make_routing
 from common.cli import CannotRun

@@ -43,7 +43,7 @@ def test_memory_that_is_not_there(monkeypatch):
     with pytest.raises(CannotRun, match=rf"and {1000 * rows:.1f} GiB for the rest"):
         require_memory(PRESETS["deepseek-v3"], 64, machine, contenders=1000)
     with pytest.raises(CannotRun):
-        require_memory(PRESETS["deepseek-v3"], 64, machine, more=9 * 2**30)
+        require_memory(PRESETS["deepseek-v3"], 64, machine, extra=9 * 2**30)
     with pytest.raises(CannotRun, match=r"needs 42\.0 GiB for its weights"):  # in FP32
         require_memory(PRESETS["deepseek-v3"], 64, replace(machine, native_bf16=False))
 
@@ -51,8 +51,8 @@ def test_memory_that_is_not_there(monkeypatch):
 def test_those_that_fit(monkeypatch):
     machine, small, large = detect("cpu"), PRESETS["small-moe"], PRESETS["deepseek-v3"]
     monkeypatch.setattr(gpu.psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 30))
-    fitting, others = those_that_fit([small, large], 64, machine)
-    assert fitting == [small] and len(others) == 1 and others[0].startswith("deepseek-v3 needs")
+    fitting, left_out = those_that_fit([small, large], 64, machine)
+    assert fitting == [small] and len(left_out) == 1 and left_out[0].startswith("deepseek-v3 needs")
     with pytest.raises(CannotRun, match="deepseek-v3 needs"):
         those_that_fit([large], 64, machine)
 
@@ -64,6 +64,6 @@ def test_an_incomplete_config_is_one_line(missing):
         from_config("x", config)
 
 
-@pytest.mark.parametrize("more", [{"shared_expert_intermediate_size": 4}, {"decoder_sparse_step": 2}])
-def test_unequal_layers_are_not_a_whole_model(more):
-    assert from_config("x", SHAPES["qwen3-30b-a3b"] | more).layers == 0
+@pytest.mark.parametrize("part", [{"shared_expert_intermediate_size": 4}, {"decoder_sparse_step": 2}])
+def test_unequal_layers_are_not_a_whole_model(part):
+    assert from_config("x", SHAPES["qwen3-30b-a3b"] | part).layers == 0

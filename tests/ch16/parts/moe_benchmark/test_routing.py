@@ -44,9 +44,9 @@ def test_patterns_are_what_they_are_called():
 def test_the_busiest_direction_of_an_exchange():
     """Two ranks of two tokens and two experts each: three rows leave the second rank, one leaves the first."""
     experts = torch.tensor([[0, 1], [1, 2], [0, 1], [0, 3]])
-    assert rows_exchanged(Routing(experts, torch.ones(4, 2)), ranks=2, here=2) == 3
+    assert rows_exchanged(Routing(experts, torch.ones(4, 2)), ranks=2, share=2) == 3
     alone = Routing(torch.tensor([[0, 1]]), torch.ones(1, 2))
-    assert rows_exchanged(alone, ranks=1, here=2) == 0
+    assert rows_exchanged(alone, ranks=1, share=2) == 0
 
 
 def test_a_seed_decides():

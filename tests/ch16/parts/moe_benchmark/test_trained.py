@@ -12,7 +12,8 @@ from transformers import (
 )
 
 from ch16.parts.moe_benchmark import trained
-from ch16.parts.moe_benchmark.trained import balance_rows, trained_routing
+from ch16.parts.moe_benchmark.tables import balance_rows
+from ch16.parts.moe_benchmark.trained import trained_routing
 from common.cli import CannotRun
 
 TINY = {

@@ -1,0 +1,86 @@
+"""The pictures of the MoE benchmark."""
+
+from collections.abc import Sequence
+
+from ch16.parts.moe_benchmark.routing import PATTERNS, RANKS
+from common.gpu import Machine
+from common.plots import COLOURS, draw, legend_below, save_plot
+
+REFERENCE = PATTERNS[0]
+PATTERN_COLOURS = {
+    "balanced": COLOURS["baseline"],
+    "uniform": COLOURS["second"],
+    "zipf": COLOURS["variant"],
+    "hot": COLOURS["fourth"],
+    "trained, evenest": COLOURS["third"],
+    "trained, most uneven": COLOURS["fifth"],
+}
+PART_COLOURS = {
+    "compute": COLOURS["baseline"],
+    "imbalance": COLOURS["variant"],
+    "exchange": COLOURS["second"],
+    "rest": COLOURS["quiet"],
+}
+
+
+def plot_patterns(path: str, rows: Sequence[dict], layer: str, machine: Machine) -> None:
+    """The load of the experts, busiest first, beside the cost of each pattern."""
+    figure, (load, cost) = draw(2)
+    tokens = sorted({row["tokens"] for row in rows})
+    for row in (row for row in rows if row["tokens"] == tokens[-1]):
+        mean, experts = sum(row["load"]) / len(row["load"]), range(1, len(row["load"]) + 1)
+        colour = PATTERN_COLOURS[row["pattern"]]
+        load.step(experts, [n / mean for n in row["load"]], where="mid", color=colour, label=row["pattern"])
+    load.set(title=f"Load of the experts, {tokens[-1]:,} tokens", xlabel="expert, busiest first")
+    load.set(ylabel="rows over their mean", ylim=(0, None))
+    legend_below(load)
+    names = [name for name in dict.fromkeys(row["pattern"] for row in rows) if name != REFERENCE]
+    colours = [COLOURS[name] for name in ("baseline", "fifth", "variant", "fourth")]
+    bars = [
+        (count, key, label)
+        for key, label in (("cost_percent", "one device"), ("rank_cost_percent", f"busiest of {RANKS} ranks"))
+        for count in tokens
+    ]
+    for i, (count, key, label) in enumerate(bars):
+        by_name = {row["pattern"]: row.get(key) for row in rows if row["tokens"] == count}
+        places = [x + 0.8 * (i + 0.5) / len(bars) - 0.4 for x in range(len(names))]
+        costs = [by_name.get(name) or 0.0 for name in names]
+        colour = colours[i % len(colours)]
+        cost.bar(places, costs, 0.76 / len(bars), color=colour, label=f"{label}, {count:,} tokens")
+    cost.axhline(0, color=COLOURS["limit"], linewidth=1)
+    cost.set(title="Extra time over balanced routing", ylabel="%")
+    cost.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names])
+    legend_below(cost)
+    save_plot(figure, path, _patterns_message(rows), layer, machine, simulated=True)
+
+
+def _patterns_message(rows: Sequence[dict]) -> str:
+    busiest = max(rows, key=lambda row: row["max_mean"])
+    keys = ("cost_percent", "rank_cost_percent")
+    cost, name = max((row[key], row["pattern"]) for row in rows for key in keys if row.get(key) is not None)
+    text = f"Uneven routing sends the busiest expert up to {busiest['max_mean']:.1f}x the mean load"
+    return f"{text} and costs up to {cost:.0f}% more time ({name})" if cost > 0 else f"{text}; it cost no time here"
+
+
+def plot_ranks(path: str, rows: Sequence[dict], layer: str, machine: Machine) -> None:
+    """Where the time of a layer goes: a bar per routing, one plot per number of tokens (the fewest and the most)."""
+    counts = sorted({row["tokens"] for row in rows})
+    shown = list(dict.fromkeys((counts[0], counts[-1])))
+    figure, axes = draw(len(shown))
+    for axis, tokens in zip(axes, shown, strict=True):
+        bars = [row for row in rows if row["tokens"] == tokens]
+        names, below = [row["pattern"] for row in bars], [0.0] * len(bars)
+        for part, colour in PART_COLOURS.items():
+            heights = [max(0.0, row[f"{part}_ms"]) for row in bars]  # the rest is a difference, noise may make it < 0
+            axis.bar(names, heights, bottom=below, color=colour, label=part)
+            below = [low + height for low, height in zip(below, heights, strict=True)]
+        layers = [row["step_ms"] for row in bars]
+        axis.plot(names, layers, "_", color=COLOURS["limit"], markersize=36, label="layer, measured whole")
+        axis.set(title=f"{tokens:,} tokens per rank", ylabel="ms per layer", xlabel="routing")
+        legend_below(axis, 3)
+    imbalance = max(rows, key=lambda row: row["imbalance_ms"] / row["step_ms"])
+    share = 100 * imbalance["imbalance_ms"] / imbalance["step_ms"]
+    message = (
+        f"Waiting for the busiest rank takes up to {share:.0f}% of a layer's time ({imbalance['pattern']} routing)"
+    )
+    save_plot(figure, path, message, layer, machine, simulated=True)

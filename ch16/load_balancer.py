@@ -1,17 +1,17 @@
 """Load balancing: one server is a single point of failure; which of several takes the next request?
 
-Round robin is enough while all are well and requests are alike. They are not: answers take from a word to a minute, a
-conversation is fast on the replica that holds its KV cache, and replicas die in the middle of answers. So this is also
-a gateway: an HTTP proxy that checks its replicas, tries another one as long as the client has seen nothing, and says so
-when an answer breaks off.
+Round robin is enough while all servers are up and all requests are alike. They are not: an answer takes a word or a
+minute, a conversation is fastest on the replica that holds its KV cache, and replicas die in the middle of answers.
+This script is therefore also a gateway: an HTTP proxy that checks its replicas, retries on another one while the client
+has received nothing, and reports an error when an answer breaks off.
 
-    python3 ch16/load_balancer.py                    # the lab: three replicas of vLLM, and what can happen to them
+    python3 ch16/load_balancer.py                    # the lab: three vLLM replicas, each broken once
     python3 ch16/load_balancer.py --fake-replicas    # the same in seconds, on stand-ins (simulated)
     python3 ch16/load_balancer.py --servers gpu1:8000,gpu2:8000 --port 9000 --policy prefix     # the gateway
-    python3 ch16/load_balancer.py --discover inference-server:8000 --port 9000     # for all addresses that a name has
+    python3 ch16/load_balancer.py --discover inference-server:8000 --port 9000     # for all addresses of a name
 
-How to read the lab's first table: each row sent requests at the same rate and met the same faults. `lost` failed
-although the client had seen no byte of an answer; `cut off` ended in the middle, and was either told so or not.
+How to read the lab's first table: each row sent requests at the same rate through the same faults. `lost` requests
+failed before the first byte of an answer; `cut off` answers ended in the middle, with an error event (told) or without.
 """
 
 import runpy
@@ -21,78 +21,49 @@ runpy.run_path(str(Path(__file__).resolve().parent.parent / "common" / "environm
 
 import argparse
 import contextlib
-import functools
 import hashlib
-import logging
 import math
-import os
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
 
-from ch16.parts.load_balancer.breaker import CircuitBreaker, NoServer
-from ch16.parts.load_balancer.discovery import addresses
-from ch16.parts.load_balancer.gateway import Gateway, Limits
-from ch16.parts.load_balancer.lab import FAULT_COLUMNS, OUTCOME_COLUMNS, Plan, claim, fault_rows, outcome_rows, run_lab
+from tqdm import tqdm
+
+from ch16.parts.load_balancer.breaker import CircuitBreaker, Lease, NoServer, ServerState
+from ch16.parts.load_balancer.client import Answer
+from ch16.parts.load_balancer.flags import gateway_flags, serve
+from ch16.parts.load_balancer.lab import REPLICAS, Fault, Plan, plan_for, replica_commands, run_lab, running
 from ch16.parts.load_balancer.picture import plot
+from ch16.parts.load_balancer.tables import FAULT_COLUMNS, OUTCOME_COLUMNS, claim, fault_rows, outcome_rows
 from common import cli, models
 from common.engine import quiet
-from common.gpu import Machine, detect, device_names
+from common.gpu import Machine, detect
 from common.models import Model
 from common.results import Report
-from common.server import ServerProcess, listen
-from common.standin import standin_command
+from common.server import ServerProcess
 
 # ---- configuration ----
 
 POLICIES = ("round-robin", "least-in-flight", "prefix")
-SPARE = 1.25  # with policy `prefix`: a server takes at most so much more than its share
-REPLICAS = 3
+SPARE = 1.25  # policy `prefix`: a server takes at most this multiple of its share
 
-
-def plan_for(machine: Machine, fake: bool, quick: bool) -> Plan:
-    """A load that leaves room for two thirds of the replicas."""
-    if fake:
-        return Plan(20, 25, 1.5 if quick else 3, 1.0, 4.0, 10)
-    if machine.device == "cuda":
-        return Plan(10, 64, 5, 2.0, 8.0, 30)
-    return Plan(1.0, 48, 8, 2.0, 8.0, 30)
-
-
-# ---- mechanism: the chapter's balancer ----
-
-
-@dataclass(frozen=True)
-class Lease:
-    """A request at a server. `trial`: the one that finds out whether a server that failed is well again."""
-
-    server: str
-    trial: bool
-    state: "_Server" = field(repr=False, compare=False)
-
-
-@dataclass
-class _Server:
-    breaker: CircuitBreaker
-    ready: bool = True
-    in_flight: int = 0
+# ---- mechanism ----
 
 
 class LoadBalancer:
     """Which server takes the next request; safe from many threads. No I/O.
 
     - round-robin: one after another.
-    - least-in-flight: the one with the fewest requests.
+    - least-in-flight: the server with the fewest requests.
     - prefix: requests that begin alike go to the same server, which holds their KV cache, unless it has more than
-      `SPARE` times its share (rendezvous hashing; the bound is that of arXiv 1608.01350).
+      `SPARE` times its share (rendezvous hashing: each prefix ranks all servers; the bound: arXiv 1608.01350).
 
     Servers that are not ready, or whose breaker is open, are left out.
 
     Args:
         servers: names, such as `host:port`; each once. `add` and `remove` change them.
-        policy: one of the three.
+        policy: one of the three; the chapter's class has the first alone.
         breaker: makes one for each server.
     """
 
@@ -107,12 +78,12 @@ class LoadBalancer:
         if policy not in POLICIES:
             raise ValueError(f"no policy '{policy}'; there are {', '.join(POLICIES)}")
         self.servers, self.policy, self._breaker = tuple(servers), policy, breaker
-        self._states = {name: _Server(breaker()) for name in servers}
+        self._states = {name: ServerState(breaker()) for name in servers}
         self._next = 0
         self._lock = threading.Lock()
 
     def get_server(self, prefix: str = "", exclude: Collection[str] = ()) -> str:
-        """The server that takes the next request, for callers that do not say when it ends.
+        """The server that takes the next request, for callers that do not report when it ends.
 
         Args:
             prefix: what the request begins with (policy `prefix`).
@@ -138,22 +109,47 @@ class LoadBalancer:
             lease.state.in_flight -= 1
             lease.state.breaker.ended(ok, lease.trial)
 
+    def _choose(self, prefix: str, exclude: Collection[str]) -> str:
+        turn = self.servers[self._next :] + self.servers[: self._next]
+        able = [
+            name
+            for name in turn
+            if name not in exclude and self._states[name].ready and self._states[name].breaker.allows()
+        ]
+        if not able:
+            raise NoServer("no server is ready")
+        if self.policy == "least-in-flight":
+            chosen = min(able, key=lambda name: self._states[name].in_flight)  # ties: the next in turn
+        elif self.policy == "prefix" and prefix:
+            chosen = self._by_prefix(prefix, able)
+        else:
+            chosen = able[0]
+        self._next = (self.servers.index(chosen) + 1) % len(self.servers)
+        return chosen
+
+    def _by_prefix(self, prefix: str, able: Sequence[str]) -> str:
+        """Each prefix ranks the servers in an order of its own: when one leaves, only its own prefixes move."""
+        requests = sum(self._states[name].in_flight for name in able) + 1
+        limit = math.ceil(SPARE * requests / len(able))
+        ranked = sorted(able, key=lambda name: hashlib.blake2b(f"{name}\0{prefix}".encode(errors="replace")).digest())
+        return next(name for name in ranked if self._states[name].in_flight < limit)  # not all can be above average
+
     def add(self, server: str) -> None:
-        """One server more. It takes requests once `set_ready` says so."""
+        """A further server. It takes requests once `set_ready` says so."""
         with self._lock:
             if server in self._states:
                 raise ValueError("each server once")
             self.servers += (server,)
-            self._states[server] = _Server(self._breaker(), ready=False)
+            self._states[server] = ServerState(self._breaker(), ready=False)
 
     def remove(self, server: str) -> None:
-        """One server less: no more requests for it; those in flight go on."""
+        """No more requests to this server; those in flight go on."""
         with self._lock:
             del self._states[server]
             self.servers = tuple(name for name in self.servers if name != server)
 
     def set_ready(self, server: str, ready: bool) -> bool:
-        """What an active check found. Returns whether it is news; a server that comes back starts afresh."""
+        """What an active check found. Returns whether that is a change; a server that comes back starts afresh."""
         with self._lock:
             state = self._states[server]
             changed, state.ready = state.ready != ready, ready
@@ -162,7 +158,7 @@ class LoadBalancer:
             return changed
 
     def any_ready(self) -> bool:
-        """Would anybody take a request?"""
+        """Whether a request would be taken."""
         with self._lock:
             return any(state.ready for state in self._states.values())
 
@@ -178,193 +174,97 @@ class LoadBalancer:
                 for name, state in self._states.items()
             }
 
-    # ---- inside the lock ----
 
-    def _choose(self, prefix: str, exclude: Collection[str]) -> str:
-        turn = self.servers[self._next :] + self.servers[: self._next]
-        able = [
-            name
-            for name in turn
-            if name not in exclude and self._states[name].ready and self._states[name].breaker.allows()
-        ]
-        if not able:
-            raise NoServer("no server is ready")
-        if self.policy == "least-in-flight":
-            chosen = min(able, key=lambda name: self._states[name].in_flight)  # of equals the next in turn
-        elif self.policy == "prefix" and prefix:
-            chosen = self._by_prefix(prefix, able)
-        else:
-            chosen = able[0]
-        self._next = (self.servers.index(chosen) + 1) % len(self.servers)
-        return chosen
-
-    def _by_prefix(self, prefix: str, able: Sequence[str]) -> str:
-        """Each prefix ranks the servers in an order of its own: when one leaves, only its own prefixes move."""
-        requests = sum(self._states[name].in_flight for name in able) + 1
-        most = math.ceil(SPARE * requests / len(able))
-        ranked = sorted(able, key=lambda name: hashlib.blake2b(f"{name}\0{prefix}".encode(errors="replace")).digest())
-        return next(name for name in ranked if self._states[name].in_flight < most)  # they cannot all be above average
+# ---- measurement ----
 
 
-# ---- the gateway ----
+def measure(
+    args: argparse.Namespace, machine: Machine, model: Model | None, plan: Plan, results: Report
+) -> tuple[dict[str, list[Answer]], list[Fault]]:
+    """Break each replica in turn while clients ask one server, round robin and the gateway; count what they saw.
 
+    Args:
+        model: None: stand-ins.
 
-def serve(args: argparse.Namespace) -> int:
-    """Run the gateway until a signal."""
+    Returns:
+        The answers by configuration, and the faults.
+    """
     import uvloop
 
-    limits = Limits(
-        first_byte_s=args.first_byte_timeout,
-        idle_s=args.idle_timeout,
-        request_s=args.request_timeout,
-        check_s=args.check_interval,
-        drain_s=args.drain_timeout,
-        retries=args.retries,
-        max_body_bytes=args.max_body_bytes,
-    )
-    balancer = LoadBalancer(args.servers or (), args.policy)
-    keys = (
-        args.api_key or os.environ.get("GATEWAY_API_KEY", ""),
-        args.server_key or os.environ.get("VLLM_API_KEY", ""),
-    )
-    find = functools.partial(addresses, *args.discover) if args.discover else None
-    gateway = Gateway(balancer, limits, *keys, ready_path=args.ready_path, find=find)
-    listener = listen(args.host, args.port)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
-    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # else a traceback for every malformed request
-    servers = ", ".join(args.servers or ("{}:{}".format(*args.discover),))
-    print(f"gateway on http://{args.host}:{args.port} for {servers} ({args.policy})", flush=True)
-    uvloop.run(gateway.run(listener))
-    return 0
+    name = model.name if model else "simulated"
+
+    def body(number: int) -> dict[str, object]:
+        prompt = f"Conversation {number % 20}. Once upon a time"
+        return {"model": name, "prompt": prompt, "max_tokens": plan.tokens, **({"ignore_eos": True} if model else {})}
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        commands, logs = replica_commands(machine, model, args.seed), Path(folder)
+        # On a GPU one after another: each measures the memory that is free.
+        replicas = stack.enter_context(running(commands, logs, in_turn=machine.device == "cuda" and model is not None))
+        addresses = [replica.address for replica in replicas]
+        flags = ("--servers", ",".join(addresses), "--policy", args.policy, "--idle-timeout", str(plan.idle_s))
+        gateway = stack.enter_context(ServerProcess([sys.executable, __file__, *flags], logs))
+        print(f"{REPLICAS} replicas and the gateway are ready", flush=True)
+
+        chapters = LoadBalancer(addresses)  # in the client, without checks or retries
+        urls = {
+            "one server": lambda: replicas[0].url,
+            "plain round robin": lambda: f"http://{chapters.get_server()}",
+            "gateway": lambda: gateway.url,
+        }
+        progress = stack.enter_context(tqdm(total=REPLICAS, unit="fault", leave=False, disable=None))
+        answers, faults = uvloop.run(run_lab(replicas, urls, body, plan, progress))
+
+    what = f"replicas of {name}" if model else "stand-in replicas (simulated)"
+    load = f"{plan.rate:g} requests/s of {plan.tokens} tokens in each row"
+    results.table("outcomes", f"{REPLICAS} {what}, {load}", outcome_rows(answers), OUTCOME_COLUMNS)
+    fault_table = fault_rows(answers["gateway"], faults)
+    results.table("faults", f"What each fault did behind the gateway, {what}", fault_table, FAULT_COLUMNS)
+    return answers, faults
 
 
-def server_list(text: str) -> list[str]:
-    """argparse type: host:port,host:port,..."""
-    servers = [server.strip().removeprefix("http://").rstrip("/") for server in text.split(",")]
-    for server in servers:
-        host, _, port = server.rpartition(":")
-        if not host or not port.isdigit() or "/" in server:
-            raise argparse.ArgumentTypeError(f"'{server}' is not host:port")
-    if len(set(servers)) < len(servers):
-        raise argparse.ArgumentTypeError("each server once")
-    return servers
+def report(
+    args: argparse.Namespace, results: Report, answers: Mapping[str, Sequence[Answer]], faults: Sequence[Fault]
+) -> None:
+    """Judge the claim, write JSON and picture."""
+    results.claims([claim(*(results.tables[name]["rows"] for name in ("outcomes", "faults")))])
+    results.save(args.json)
+    if args.plot:
+        plot(args.plot, answers, faults, results)
 
 
-def name_and_port(text: str) -> tuple[str, int]:
-    """argparse type: name:port, one of them."""
-    servers = server_list(text)
-    if len(servers) > 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is more than one name")
-    name, _, port = servers[0].rpartition(":")
-    return name, int(port)
-
-
-# ---- measurement: the lab ----
-
-
-def replica_commands(machine: Machine, model: Model | None, seed: int) -> list[tuple[list[str], dict[str, str]]]:
-    """How to start each replica, and its environment: stand-ins without a model, else the production server."""
-    if model is None:
-        return [(standin_command(), {}) for _ in range(REPLICAS)]
-    script = Path(__file__).with_name("inference_serving.py")
-    command = [sys.executable, str(script), "--serve", "--seed", str(seed), "--max-num-seqs", "32"]
-    command += ["--model", model.absolute_path]
-    if machine.device == "cpu":  # one thread each, on few cores for many processes
-        return [([*command, "--device", "cpu"], {"OMP_NUM_THREADS": "1"}) for _ in range(REPLICAS)]
-    share = 0.85 / math.ceil(REPLICAS / machine.count)
-    memory = ["--tensor-parallel", "1", "--gpu-memory-utilization", f"{share:.2f}"]
-    devices = device_names(machine)
-    return [([*command, *memory], {"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]}) for i in range(REPLICAS)]
+# ---- main ----
 
 
 def lab(args: argparse.Namespace) -> int:
     """Start replicas and a gateway, break the replicas, count."""
-    import uvloop
-
-    machine = detect(args.device)
+    machine, model = detect(args.device), None
     fake = args.fake_replicas or args.quick
-    model = None
     if not fake:
         quiet()
         model = models.resolve(args.model, machine)
     plan = plan_for(machine, fake, args.quick)
     name = model.name if model else "simulated"
     settings = {"model": name, "policy": args.policy, "replicas": REPLICAS, "rate": plan.rate, "tokens": plan.tokens}
-    report = Report("load_balancer.py", machine, settings)
-    report.print_card()
-
-    def body(number: int) -> dict[str, object]:
-        prompt = f"Conversation {number % 20}. Once upon a time"
-        return {"model": name, "prompt": prompt, "max_tokens": plan.tokens, **({} if fake else {"ignore_eos": True})}
-
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        logs = Path(folder)
-        replicas = [ServerProcess(command, logs, env) for command, env in replica_commands(machine, model, args.seed)]
-        for replica in replicas:
-            stack.callback(replica.stop)
-            replica.start()
-            if machine.device == "cuda" and not fake:
-                replica.wait_ready()  # one after another: each measures the memory that is free
-        for replica in replicas:
-            replica.wait_ready()
-        addresses = [replica.address for replica in replicas]
-        flags = ("--servers", ",".join(addresses), "--policy", args.policy, "--idle-timeout", str(plan.idle_s))
-        gateway = stack.enter_context(ServerProcess([sys.executable, __file__, *flags], logs))
-        print(f"{REPLICAS} replicas and the gateway are ready", flush=True)
-        work = run_lab(
-            replicas,
-            gateway.url,
-            LoadBalancer(addresses).get_server,
-            body,
-            plan,
-            lambda fault: print(f"... {fault}", file=sys.stderr),
-        )
-        answers, faults = uvloop.run(work)
-
-    what = "stand-in replicas (simulated)" if fake else f"replicas of {name}"
-    load = f"{plan.rate:g} requests/s of {plan.tokens} tokens on each path"
-    rows, fault_table = outcome_rows(answers), fault_rows(answers["gateway"], faults)
-    report.table("outcomes", f"{REPLICAS} {what}, {load}", rows, OUTCOME_COLUMNS)
-    report.table("faults", f"What each fault did behind the gateway, {what}", fault_table, FAULT_COLUMNS)
-    report.claims([claim(rows, fault_table)])
-    report.save(args.json)
-    if args.plot:
-        plot(args.plot, answers, faults)
+    results = Report("load_balancer.py", machine, settings, wide=args.wide)
+    results.print_card()
+    report(args, results, *measure(args, machine, model, plan, results))
     return 0
 
 
 def main() -> int:
     """Parse the flags, then run the gateway or the lab."""
     parser = cli.standard_parser(__doc__, model_help="of the lab: auto, bundled, a folder, or a hub id")
-    gateway = parser.add_argument_group("gateway")
-    servers = gateway.add_mutually_exclusive_group()
-    servers.add_argument("--servers", type=server_list, metavar="HOST:PORT,...", help="run the gateway for these")
-    servers.add_argument(
-        "--discover", type=name_and_port, metavar="NAME:PORT", help="run it for all addresses of a name, as they change"
-    )
-    gateway.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines")
-    gateway.add_argument("--port", type=int, default=9000, help="where it listens")
-    gateway.add_argument("--policy", choices=POLICIES, default="least-in-flight", help="who takes the next request")
-    gateway.add_argument("--api-key", default="", help="clients must send it; or GATEWAY_API_KEY")
-    gateway.add_argument("--server-key", default="", help="sent to the servers; or VLLM_API_KEY")
-    gateway.add_argument("--ready-path", default="/ready", help="200 there: takes requests; /health for a plain vLLM")
-    gateway.add_argument("--retries", type=cli.non_negative_int, default=Limits.retries, help="more servers to try")
-    for flag, limit, what in (
-        ("--first-byte-timeout", "first_byte_s", "for the first byte of an answer"),
-        ("--idle-timeout", "idle_s", "between two parts of an answer"),
-        ("--request-timeout", "request_s", "for a client to send its request"),
-        ("--check-interval", "check_s", "between two checks of a server"),
-        ("--drain-timeout", "drain_s", "after SIGTERM, for requests in flight"),
-    ):
-        gateway.add_argument(flag, type=cli.positive_float, default=getattr(Limits, limit), metavar="S", help=what)
-    gateway.add_argument("--max-body-bytes", type=cli.positive_int, default=Limits.max_body_bytes, help="then 413")
+    gateway_flags(parser, POLICIES)
     laboratory = parser.add_argument_group("lab")
     laboratory.add_argument("--fake-replicas", action="store_true", help="stand-ins without a model; also with --quick")
     parser.add_argument("--dummy-weights", help=argparse.SUPPRESS)  # a flag of other scripts: say why not of this one
     args = parser.parse_args()
     if args.dummy_weights:
         parser.error("random weights come without a tokenizer, and the lab sends text: use --model")
-    return serve(args) if args.servers or args.discover else lab(args)
+    if args.servers or args.discover:
+        return serve(args, LoadBalancer(args.servers or (), args.policy))
+    return lab(args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,3 @@
-import argparse
 import collections
 import math
 import socket
@@ -11,10 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ch16 import load_balancer
-from ch16.load_balancer import SPARE, LoadBalancer, replica_commands, server_list
+from ch16.load_balancer import SPARE, LoadBalancer
 from ch16.parts.load_balancer.breaker import CircuitBreaker, NoServer
-from common import models
-from common.gpu import Machine
 
 NAMES = ("a:1", "b:2", "c:3")
 
@@ -163,16 +160,6 @@ def test_a_popular_prefix_makes_no_hot_spot():
 # ---- the command line ----
 
 
-@pytest.mark.parametrize("text", ["a", "a:b", ":8000", "a:1,", "a:1/v1", "a:1,a:1", "https://a:1"])
-def test_bad_server_lists(text):
-    with pytest.raises(argparse.ArgumentTypeError):
-        server_list(text)
-
-
-def test_server_lists():
-    assert server_list("a:1, http://b:2/,[::1]:3") == ["a:1", "b:2", "[::1]:3"]
-
-
 def test_a_taken_port_is_one_line(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -190,39 +177,6 @@ def test_random_weights_are_refused_with_a_reason(monkeypatch, capsys):
 
 
 # ---- the lab ----
-
-
-def machine(device, count=1):
-    return Machine(device, "a machine", count, 80 * 2**30, 8, None, True, True)
-
-
-@pytest.fixture
-def folder_model(tmp_path, monkeypatch):
-    """A model by a path that is right in this folder only."""
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "config.json").write_text("{}")
-    monkeypatch.chdir(tmp_path)
-    return models.resolve("./mine", machine("cpu"))
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_replicas_find_the_model_from_another_folder(folder_model, tmp_path, device):
-    commands = replica_commands(machine(device), folder_model, seed=0)
-    for command, _ in commands:
-        assert command[command.index("--model") + 1] == str(tmp_path.resolve() / "mine")
-    assert len(commands) == load_balancer.REPLICAS
-
-
-@pytest.mark.parametrize(
-    ("listed", "count", "expected"),
-    [("4,GPU-abc", 2, ["4", "GPU-abc", "4"]), ("7", 1, ["7", "7", "7"]), (None, 4, ["0", "1", "2"])],
-)
-def test_replicas_take_the_gpus_that_are_ours(folder_model, monkeypatch, listed, count, expected):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if listed:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
-    commands = replica_commands(machine("cuda", count), folder_model, seed=0)
-    assert [env["CUDA_VISIBLE_DEVICES"] for _, env in commands] == expected
 
 
 @pytest.mark.slow

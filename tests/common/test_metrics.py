@@ -1,16 +1,28 @@
 import asyncio
+import bisect
 import contextlib
 import gc
 import inspect
 import itertools
+import math
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 
-from common.metrics import GATEWAY_OUTCOMES, LATENCY_BUCKETS, OUTCOMES, GatewayMetrics, InferenceMetrics, Rate
+from common.metrics import (
+    GATEWAY_OUTCOMES,
+    LATENCY_BUCKETS,
+    OUTCOMES,
+    GatewayMetrics,
+    InferenceMetrics,
+    Rate,
+    histogram_quantile,
+)
+
+LE = (0.1, 0.5, 1.0, math.inf)
 
 
 def test_names_and_types_are_the_chapters():
@@ -61,6 +73,22 @@ def test_rate_equals_the_counter_over_its_window(steps):
     start_s, start = readings[max(0, inside[0] - 1)]
     expected = (value - start) / (now - start_s) if now > start_s else 0.0
     assert measured == pytest.approx(expected)
+
+
+@example([0.5, 0.5, 0.5], 1.0)  # 0.1 + 0.4 * 3 / 3 is above 0.5
+@given(st.lists(st.floats(0.001, 0.999), min_size=1, max_size=50), st.floats(0.01, 1))
+def test_quantile_is_in_the_bucket_of_the_true_one(values, q):
+    buckets = [(bound, sum(value <= bound for value in values)) for bound in LE]
+    rank = math.ceil(q * len(values) - 1e-9) - 1
+    true = sorted(values)[rank]
+    i = bisect.bisect_left(LE, true)
+    assert (LE[i - 1] if i else 0) <= histogram_quantile(q, buckets) <= LE[i]
+
+
+def test_quantile_at_the_edges():
+    assert histogram_quantile(0.5, []) is None and histogram_quantile(0.5, [(1.0, 0), (math.inf, 0)]) is None
+    assert histogram_quantile(0.5, [(math.inf, 10), (1.0, 10)]) == 0.5
+    assert histogram_quantile(0.99, [(1.0, 5), (2.0, 5), (math.inf, 10)]) == 2.0
 
 
 # ---- process_request ----

@@ -11,7 +11,8 @@ import pytest
 import requests
 import yaml
 
-from ch16.parts.load_balancer.dashboard import NAMES, parse, quantile
+from ch16.parts.load_balancer.dashboard import NAMES, parse
+from common.metrics import histogram_quantile
 from common.results import READMES
 from common.server import ServerProcess
 from common.standin import standin_command
@@ -333,7 +334,7 @@ def test_the_dashboard_computes_what_prometheus_does(server, prometheus):
     time.sleep(1.1)  # scraped once more, in case another test has sent requests just before
     for q in (0.5, 0.99):
         (result,) = prometheus.ask("query", query=f"histogram_quantile({q}, {name})")["result"]
-        assert quantile(q, buckets) == pytest.approx(float(result["value"][1]))
+        assert histogram_quantile(q, buckets) == pytest.approx(float(result["value"][1]))
     assert set(reading.gauges) | {series for series, _ in reading.counters} == set(NAMES)
 
 

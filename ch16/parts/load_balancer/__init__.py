@@ -1,1 +1,1 @@
-"""What load_balancer.py is made of, beside its policies: the gateway, its breaker and checks, and the lab."""
+"""What load_balancer.py is made of besides its policies: the gateway with breaker and checks, and the lab."""

@@ -1,4 +1,4 @@
-"""A circuit breaker: no requests to a server that fails, until one succeeds."""
+"""A circuit breaker: no requests to a server that fails, until one succeeds. And the state of a server behind it."""
 
 import math
 import time
@@ -14,12 +14,12 @@ class NoServer(Exception):
 class CircuitBreaker:
     """Closed; open for a while after failures in a row; then half-open, one request at a time until one succeeds.
 
-    Not safe from several threads: whoever shares one holds a lock, as the balancer does.
+    Not safe from several threads: the balancer holds a lock.
 
     Args:
         failures: in a row, that open it.
-        cooldown_s: how long it stays open the first time; twice as long each time that a trial fails.
-        longest_s: and no longer.
+        cooldown_s: how long it stays open the first time; twice as long after each failed trial.
+        longest_s: bound of the cooldown.
         clock: seconds.
     """
 
@@ -40,11 +40,11 @@ class CircuitBreaker:
         return "open" if self.clock() < self._until else "half-open"
 
     def allows(self) -> bool:
-        """May a request go to the server now?"""
+        """Whether a request may go to the server now."""
         return self.state == "closed" or (self.state == "half-open" and not self._trial)
 
     def began(self) -> bool:
-        """A request goes to the server. Returns whether it is the trial, which `ended` wants to know."""
+        """A request goes to the server. Returns whether it is the trial: an argument of `ended`."""
         trial = self.state == "half-open" and not self._trial
         self._trial |= trial
         return trial
@@ -63,6 +63,24 @@ class CircuitBreaker:
                 self._opened += 1
 
     def reset(self) -> None:
-        """The server has come back (an active check says so): what it did before says nothing about it."""
+        """The server has come back, as an active check says: its past no longer counts."""
         self._in_a_row = self._opened = 0
         self._trial = False
+
+
+@dataclass
+class ServerState:
+    """What a balancer knows of one server."""
+
+    breaker: CircuitBreaker
+    ready: bool = True
+    in_flight: int = 0
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A request at a server. `trial`: it tests whether a server that failed works again."""
+
+    server: str
+    trial: bool
+    state: ServerState = field(repr=False, compare=False)

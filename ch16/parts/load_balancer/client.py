@@ -1,4 +1,4 @@
-"""A client that counts what became of each request, as its user would see it."""
+"""A client that records what became of each request, as its user would see it."""
 
 import asyncio
 import contextlib
@@ -17,12 +17,12 @@ COUNT = re.compile(rb'"completion_tokens": ?(\d+)')
 
 @dataclass
 class Answer:
-    """What a client saw of one request; times in seconds by `time.perf_counter`."""
+    """What a client received for one request; times in seconds of `time.perf_counter`."""
 
     name: str  # x-request-id
     sent: float
-    counts: list[int] = field(default_factory=list)  # tokens so far, as the events of the stream say
-    times: list[float] = field(default_factory=list)  # when each of these came
+    counts: list[int] = field(default_factory=list)  # tokens so far, by the events of the stream
+    times: list[float] = field(default_factory=list)  # when each count came
     wanted: int = 0
     status: int = 0
     complete: bool = False  # the stream ended with [DONE]
@@ -57,7 +57,7 @@ class Answer:
 async def ask(
     session: aiohttp.ClientSession, url: str, name: str, body: Mapping[str, object], patience_s: float
 ) -> Answer:
-    """Send one completion request and read its stream to whatever end it finds. Raises nothing that servers cause.
+    """Send one completion request and read its stream to the end, whatever that is. Servers cause no exception.
 
     Args:
         body: with `max_tokens`; streaming and usage in every event are added.
@@ -95,11 +95,11 @@ async def closed_loop(
     ramp_s: float,
     patience_s: float = 60.0,
 ) -> list[Answer]:
-    """`at_once` users, each of whom asks again when answered, until `requests` were sent.
+    """A closed loop: `at_once` users, each sends a request when the last one is answered, until `requests` were sent.
 
     Args:
         body: of the i-th request.
-        ramp_s: the users come one after another within this time, so that they do not all ask at the same moment.
+        ramp_s: the users start one after another within this time, not all at the same moment.
     """
     numbers = iter(range(requests))
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
@@ -120,7 +120,7 @@ async def steady(
     stop: asyncio.Event,
     patience_s: float,
 ) -> Sequence[Answer]:
-    """An open loop: `rate` requests/s until `stop`, whatever becomes of those before.
+    """An open loop: `rate` requests/s until `stop`, whatever becomes of earlier ones.
 
     Args:
         choose: the URL of the next request.

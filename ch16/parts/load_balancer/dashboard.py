@@ -1,7 +1,7 @@
-"""Live figures for a person: the page of /dashboard draws what /dashboard/data says.
+"""Live figures: the page of /dashboard draws the JSON of /dashboard/data.
 
-The servers' /metrics are read when somebody looks, at most every INTERVAL_S however many look, and never otherwise. A
-point of the charts is what the counters and histograms gained between two readings.
+The servers' /metrics are read only while the page is open, at most every INTERVAL_S for all viewers together. A point
+of the charts is what the counters and histograms gained between two readings.
 """
 
 import asyncio
@@ -10,9 +10,11 @@ import hashlib
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from common.metrics import histogram_quantile
 
 INTERVAL_S = 2.0
 POINTS = 150  # five minutes
@@ -23,7 +25,7 @@ TOKENS, QUERIES, HITS = (
     f"vllm:{name}_total" for name in ("generation_tokens", "prefix_cache_queries", "prefix_cache_hits")
 )
 NAMES = [USAGE, *GAUGES.values(), TOKENS, QUERIES, HITS, *(f"{name}_bucket" for name in LATENCIES.values())]
-# The client library's parser takes 30 times as long, and the gateway passes tokens on meanwhile.
+# The client library's parser takes 30 times as long, which would delay the tokens that the gateway passes on.
 SERIES = re.compile(
     rf"^({'|'.join(NAMES)})"
     r'(?:\{((?:[^"}]|"(?:[^"\\]|\\.)*")*)\})? (-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)(?!\S)',
@@ -41,7 +43,7 @@ def _hash(content: str) -> str:
 
 PAGE_HEADERS = {
     "content-type": "text/html; charset=utf-8",
-    # Nothing but this very script runs on the page, and it talks to nobody but the gateway.
+    # Only this script runs on the page, and it connects to the gateway alone.
     "content-security-policy": f"default-src 'none'; script-src {_hash(_script)}; style-src {_hash(_style)}; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -51,14 +53,14 @@ PAGE_HEADERS = {
 
 @dataclass(frozen=True)
 class Reading:
-    """One server's /metrics, the engines behind it added up."""
+    """One server's /metrics, summed over its engines."""
 
     gauges: Mapping[str, float]  # the usage is a mean over the engines
     counters: Mapping[tuple[str, float], float]  # by name and, for a histogram's bucket, its upper bound
 
 
 def parse(page: str) -> Reading:
-    """The series that the charts need, out of a page of /metrics. What is not there is missing in the reading."""
+    """The series that the charts need, from a page of /metrics, as far as it has them."""
     gauges, counters, engines = Counter(), Counter(), 0
     for name, labels, value in SERIES.findall(page):
         if name in (USAGE, *GAUGES.values()):
@@ -73,39 +75,14 @@ def parse(page: str) -> Reading:
 
 
 def gained(before: Reading, after: Reading) -> Mapping[tuple[str, float], float]:
-    """What each counter gained. If one went down, the server started anew, and all of them began at zero."""
+    """What each counter gained. If one went down, the server has restarted, and all began at zero."""
     if any(after.counters.get(key, 0.0) < value for key, value in before.counters.items()):
         return after.counters
     return {key: value - before.counters.get(key, 0.0) for key, value in after.counters.items()}
 
 
-def quantile(q: float, buckets: Iterable[tuple[float, float]]) -> float | None:
-    """A quantile from a histogram, as Prometheus' `histogram_quantile` has it: linear within a bucket, and the highest
-    finite bound if it is beyond.
-
-    Args:
-        q: 0 < q <= 1.
-        buckets: (upper bound, observations up to it), the last bound infinite.
-
-    Returns:
-        None if nothing was observed.
-    """
-    buckets = sorted(buckets)
-    if not buckets or buckets[-1][1] <= 0:
-        return None
-    rank = q * buckets[-1][1]
-    lower, below = 0.0, 0.0
-    for bound, count in buckets:
-        if count >= rank:
-            break
-        lower, below = bound, count
-    if bound == float("inf"):
-        return lower
-    return min(bound, lower + (bound - lower) * (rank - below) / (count - below))  # rounding must not leave the bucket
-
-
 def figures(pairs: Sequence[tuple[Reading | None, Reading]], seconds: float) -> dict[str, float | None]:
-    """The figures of some servers together, from two readings of each; None where there is nothing to say.
+    """The figures of some servers together, from two readings of each; None where there are no data.
 
     Args:
         pairs: the reading before (None: a first one) and the one now.
@@ -124,16 +101,16 @@ def figures(pairs: Sequence[tuple[Reading | None, Reading]], seconds: float) -> 
     for key, name in LATENCIES.items():
         buckets = [(bound, count) for (series, bound), count in gains.items() if series == f"{name}_bucket"]
         for percent in (50, 99):
-            point[f"{key}_p{percent}"] = quantile(percent / 100, buckets)
+            point[f"{key}_p{percent}"] = histogram_quantile(percent / 100, buckets)
     return point
 
 
 class Dashboard:
-    """What /dashboard/data says.
+    """The content of /dashboard/data.
 
     Args:
         read: the /metrics of a server; None if it gives none.
-        states: requests in flight, readiness and breaker of each server there is now.
+        states: requests in flight, readiness and breaker of each current server.
         clock: seconds.
     """
 
@@ -151,7 +128,7 @@ class Dashboard:
         self._servers: list[dict[str, object]] = []
 
     async def data(self) -> dict[str, object]:
-        """Points, oldest first, whose `age_s` counts back from now, and the servers; read anew if it is time to."""
+        """Points, oldest first, with `age_s` before now, and the servers; read again if the interval is over."""
         async with self._lock:
             if self._clock() - self._read_at > 0.9 * INTERVAL_S:
                 await self._take()
@@ -163,7 +140,7 @@ class Dashboard:
         pages = await asyncio.gather(*(self._read(server) for server in states))
         now = self._clock()
         seconds, self._read_at = now - self._read_at, now
-        known = self._readings if seconds < 3 * INTERVAL_S else {}  # nobody looked for a while: begin again
+        known = self._readings if seconds < 3 * INTERVAL_S else {}  # no viewer for a while: begin again
         self._readings = {server: parse(page) for server, page in zip(states, pages, strict=True) if page is not None}
         pairs = {server: (known.get(server), reading) for server, reading in self._readings.items()}
         self._points.append((now, figures(list(pairs.values()), seconds)))

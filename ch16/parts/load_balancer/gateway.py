@@ -1,10 +1,10 @@
-"""The gateway: an HTTP proxy around a LoadBalancer, for answers that are streamed for a minute.
+"""The gateway: an HTTP proxy around a balancer, for answers that are streamed for a minute.
 
 A request goes: API key? -> body -> a server -> the first bytes of its answer -> the rest of it.
 
-Until the first bytes of an answer are here, nothing has been sent to the client, not even headers: another server can
-be tried without anybody noticing. From then on there is no way back: if the stream breaks, the client gets an error
-event and a connection that ends without the end of a stream.
+Until the first bytes of an answer arrive, the client gets nothing, not even headers: another server can be tried
+unnoticed. After that a retry is impossible: if the stream breaks, the client gets an error event, and a connection that
+ends without the end of a stream.
 """
 
 import asyncio
@@ -19,23 +19,20 @@ import signal
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
 
-from ch16.parts.load_balancer.breaker import NoServer
+from ch16.parts.load_balancer.breaker import Lease, NoServer
 from ch16.parts.load_balancer.dashboard import PAGE, PAGE_HEADERS, Dashboard
 from ch16.parts.load_balancer.discovery import Find
 from ch16.parts.load_balancer.wire import ENDS_WITH_DONE, PatientServer, WholeEvents, end_to_end, prefix_of
 from common.metrics import GatewayMetrics
-
-if TYPE_CHECKING:
-    from ch16.load_balancer import Lease, LoadBalancer
 
 logger = logging.getLogger("gateway")
 
@@ -55,18 +52,33 @@ OWN_HEADERS = ("host", "content-length", "expect", "x-request-id", "x-forwarded-
 
 @dataclass(frozen=True)
 class Limits:
-    """The gateway's patience, in seconds, and what it takes in."""
+    """The gateway's timeouts in seconds, and its bounds."""
 
     connect_s: float = 1.0
-    first_byte_s: float = 120.0  # waiting in the server's queue is part of it; a server that is down is noticed sooner
+    first_byte_s: float = 120.0  # the server's queue included; a server that is down is noticed sooner
     idle_s: float = 30.0  # between two parts of an answer; also for a client that does not read
     request_s: float = 30.0  # for a client to send its request
     check_s: float = 0.25  # between two checks of /ready
     check_timeout_s: float = 1.0
-    find_s: float = 2.0  # between two questions which servers there are
+    find_s: float = 2.0  # between two look-ups of the servers
     drain_s: float = 30.0
     retries: int = 2  # a request that kills its server must not kill all of them
     max_body_bytes: int = 4 << 20
+
+
+class Balancer(Protocol):
+    """What the gateway asks of a balancer; `LoadBalancer` of the script is one, with a docstring for each method."""
+
+    servers: tuple[str, ...]
+    policy: str
+
+    def take(self, prefix: str, exclude: Collection[str]) -> Lease: ...  # noqa: D102
+    def give_back(self, lease: Lease, ok: bool | None) -> None: ...  # noqa: D102
+    def add(self, server: str) -> None: ...  # noqa: D102
+    def remove(self, server: str) -> None: ...  # noqa: D102
+    def set_ready(self, server: str, ready: bool) -> bool: ...  # noqa: D102
+    def any_ready(self) -> bool: ...  # noqa: D102
+    def states(self) -> Mapping[str, Mapping[str, float]]: ...  # noqa: D102
 
 
 class Refused(Exception):
@@ -101,11 +113,11 @@ class Call:
 class Attempt:
     """A call at one server."""
 
-    lease: "Lease"
+    lease: Lease
     patience: asyncio.Timeout
     begun: bool = False  # the server has sent the first bytes of a body
     response: web.StreamResponse | None = None  # the client may have seen some of it
-    writing: bool = False  # it is the client that is waited for
+    writing: bool = False  # waiting for the client
     ok: bool | None = None  # what it says about the server
 
 
@@ -114,16 +126,16 @@ class Gateway:
 
     Args:
         balancer: whose servers are `host:port`.
-        limits: patience and sizes.
-        key: clients must send it as a bearer token; "": none is asked for.
-        server_key: sent to the servers; "": what the client sent, if no `key` is asked for.
-        ready_path: where a server says 200 if it takes requests.
-        find: which servers there are now, where they come and go; None: those of the balancer, always.
+        limits: timeouts and sizes.
+        key: clients must send it as a bearer token; "": no key is needed.
+        server_key: sent to the servers; "": what the client sent, if no `key` is needed.
+        ready_path: answers 200 if the server takes requests.
+        find: looks up the servers where they come and go; None: those of the balancer, always.
     """
 
     def __init__(
         self,
-        balancer: "LoadBalancer",
+        balancer: Balancer,
         limits: Limits = Limits(),
         key: str = "",
         server_key: str = "",
@@ -172,7 +184,7 @@ class Gateway:
                 self._checks[server] = asyncio.create_task(self._keep_checking(server))
             looking = asyncio.create_task(self._keep_looking())
             gc.collect()
-            gc.freeze()  # what is here stays: looking through it again and again would delay tokens by milliseconds
+            gc.freeze()  # scanning the long-lived objects again and again would delay tokens by milliseconds
             await self._stopped.wait()
             for task in (looking, *self._checks.values()):
                 task.cancel()
@@ -193,7 +205,7 @@ class Gateway:
                     await self._idle.wait()
         self._stopped.set()
 
-    # ---- which servers are there, and are they ready? ----
+    # ---- servers and their checks ----
 
     async def _keep_looking(self) -> None:
         while self._find:
@@ -202,7 +214,7 @@ class Gateway:
                 self._checks[server] = asyncio.create_task(self._keep_checking(server))
 
     async def _look_for_servers(self) -> set[str]:
-        """Let the balancer know of servers that are new (they are returned) and of those that are gone."""
+        """Tell the balancer of new servers, which are returned, and of servers that are gone."""
         found, known = await self._find() if self._find else None, set(self._balancer.servers)
         if found is None:
             return set()
@@ -224,7 +236,7 @@ class Gateway:
             silent = await self._check(server, silent)
 
     async def _check(self, server: str, silent: int = 1) -> int:
-        """Ask a server whether it is ready. Returns for how many checks in a row it has been silent."""
+        """Ask a server whether it is ready. Returns the number of checks in a row without an answer."""
         down = ready = False
         try:
             async with asyncio.timeout(self._limits.check_timeout_s):
@@ -235,11 +247,11 @@ class Gateway:
             if silent < 2:  # a busy server may miss one
                 return silent
             down = True
-        except (aiohttp.ClientError, OSError):  # refused: nobody is there
+        except (aiohttp.ClientError, OSError):  # refused
             down = True
         (self._down.add if down else self._down.discard)(server)
         if down:
-            for patience in self._waiting[server]:  # they have seen nothing of an answer: another server can take them
+            for patience in self._waiting[server]:  # without a byte of an answer: another server can take them
                 patience.reschedule(asyncio.get_running_loop().time())
         if self._balancer.set_ready(server, ready):
             logger.warning("%s is %s", server, "ready" if ready else "down" if down else "not ready")
@@ -275,7 +287,7 @@ class Gateway:
             if not self._has_key(request):
                 return json_answer(401, {"status": "a valid API key is needed"})
             return json_answer(200, await self._dashboard.data(), {"cache-control": "no-store"})
-        if path == "/dashboard":  # for everybody: there is nothing in it before somebody gives the key
+        if path == "/dashboard":  # needs no key: it is empty until the key is given
             return web.Response(text=PAGE, headers=PAGE_HEADERS)
 
         name = request.headers.get("x-request-id", "")
@@ -287,7 +299,7 @@ class Gateway:
         except Refused as refusal:
             call.outcome = "rejected"
             return error_answer(refusal.status, str(refusal), call)
-        except Exception:  # a mistake of ours, in the log for whoever mends it
+        except Exception:  # a bug of the gateway
             call.outcome = "error"
             logger.exception("%s: internal error", call.name)
             request.protocol.force_close()
@@ -298,7 +310,7 @@ class Gateway:
             self._metrics.requests.labels(call.outcome).inc()
 
     async def _accept(self, request: web.BaseRequest, call: Call) -> None:
-        """Everything that is checked before a server hears of a request. Raises Refused."""
+        """All checks before a request reaches a server. Raises Refused."""
         if self._draining:
             raise Refused(503, "the gateway is draining")
         if not self._has_key(request):
@@ -351,8 +363,8 @@ class Gateway:
         call.outcome = "error"
         return failure.answer or error_answer(failure.status, str(failure), call)
 
-    async def _attempt(self, request: web.BaseRequest, call: Call, lease: "Lease") -> web.StreamResponse:
-        """Let one server answer. Raises Failed if it did not, and the client has seen nothing."""
+    async def _attempt(self, request: web.BaseRequest, call: Call, lease: Lease) -> web.StreamResponse:
+        """Let one server answer. Raises Failed if it did not and the client has received nothing."""
         attempt = Attempt(lease, asyncio.timeout(self._limits.first_byte_s))
         waiting = self._waiting[lease.server]
         try:
@@ -367,7 +379,7 @@ class Gateway:
             late = isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError)
             reason = next(reason for kind, reason in REASONS if isinstance(error, kind))
             if attempt.response is None:
-                # Slow is not dead: a second server would do the same work at the worst time.
+                # Slow is not dead: a second server would repeat the work when load is highest.
                 again = not attempt.begun and (not late or lease.server in self._down)
                 raise Failed(reason, again, 504 if late else 502) from None
             await self._break_off(request, call, attempt.response, reason)
@@ -394,7 +406,7 @@ class Gateway:
             headers = CIMultiDict(end_to_end(upstream.headers, ("content-length", "x-request-id", "date", "server")))
             headers.update({"x-request-id": call.name, "x-served-by": server, "x-retries": str(call.retries)})
             status = upstream.status
-            if chunk and status not in TRY_ANOTHER:  # else this is no answer yet: another server may give one
+            if chunk and status not in TRY_ANOTHER:  # otherwise another server may give the answer
                 self._metrics.first_byte.observe(time.perf_counter() - call.came)
             if status in TRY_ANOTHER or (upstream.content_length or MAX_WHOLE_BYTES + 1) <= MAX_WHOLE_BYTES:
                 body = chunk + await upstream.content.read()
@@ -411,7 +423,7 @@ class Gateway:
             while chunk:
                 if data := events.feed(chunk) if events else chunk:
                     await self._write(request, attempt, response, data)
-                if (now := loop.time()) > set_at + self._limits.idle_s / 10:  # for each token it would cost too much
+                if (now := loop.time()) > set_at + self._limits.idle_s / 10:  # too costly for each token
                     set_at = now
                     patience.reschedule(now + self._limits.idle_s)
                 chunk = await upstream.content.readany()
@@ -433,7 +445,7 @@ class Gateway:
         attempt.writing = False
 
     async def _break_off(self, request: web.BaseRequest, call: Call, response: web.StreamResponse, reason: str) -> None:
-        """Tell a client in the middle of an answer that there is no more of it."""
+        """Tell a client in the middle of an answer that the rest will not come."""
         call.outcome = "truncated"
         logger.warning("%s: %s", call.name, reason)
         if response.content_type == "text/event-stream":

@@ -1,57 +1,35 @@
-"""The lab: replicas are killed, stopped and drained while three kinds of clients ask them, all at the same time.
-
-one server           every request to the first replica
-plain round robin    the chapter's balancer in the client: one after another, whatever became of the last
-gateway              every request to the gateway
-"""
+"""The lab: replicas are killed, stopped and drained while clients send requests in several ways at the same time."""
 
 import asyncio
 import contextlib
-import itertools
+import math
 import signal
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import aiohttp
+from tqdm import tqdm
 
 from ch16.parts.load_balancer.client import Answer, steady
-from common.results import Column, Verdict, judge
+from common.gpu import Machine, device_names
+from common.models import ROOT, Model
 from common.server import ServerProcess
-from common.timing import percentile
+from common.standin import standin_command
 
-PATHS = ("one server", "plain round robin", "gateway")
-OUTCOME_COLUMNS = (
-    Column("path", "clients ask"),
-    Column("sent", "sent", ","),
-    Column("answered", "answered", ","),
-    Column("retried", "of them retried", ","),
-    Column("cut off, told", "cut off, told", ","),
-    Column("cut off, not told", "cut off, not told", ","),
-    Column("lost", "lost", ","),
-    Column("duplicated", "duplicated", ","),
-    Column("ttft_p50_ms", "TTFT P50 ms", ",.0f"),
-    Column("ttft_p99_ms", "TTFT P99 ms", ",.0f"),
-)
-FAULT_COLUMNS = (
-    Column("fault", "fault"),
-    Column("at_s", "at s", ".1f"),
-    Column("retried", "retried", ","),
-    Column("cut off, told", "cut off, told", ","),
-    Column("lost", "lost", ","),
-    Column("away_s", "away s", ".1f"),
-    Column("back_s", "in use again after s", ".2f"),
-)
+REPLICAS = 3  # each meets a fault of its own
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens when, in seconds, and the load meanwhile."""
+    """The load, and how long each fault lasts, in seconds."""
 
     rate: float  # requests/s of each kind of clients
     tokens: int
-    gap_s: float  # without any fault
-    down_s: float  # a killed replica stays away so long before it is started again
+    gap_s: float  # between two faults
+    down_s: float  # from a replica's death to its restart
     hang_s: float
     patience_s: float  # of a client
 
@@ -59,6 +37,46 @@ class Plan:
     def idle_s(self) -> float:
         """How long the gateway waits for the next part of an answer: less than a replica hangs."""
         return self.hang_s / 2
+
+
+def plan_for(machine: Machine, fake: bool, quick: bool) -> Plan:
+    """A load that leaves room for two thirds of the replicas."""
+    if fake:
+        return Plan(20, 25, 1.5 if quick else 3, 1.0, 4.0, 10)
+    if machine.device == "cuda":
+        return Plan(10, 64, 5, 2.0, 8.0, 30)
+    return Plan(1.0, 48, 8, 2.0, 8.0, 30)
+
+
+def replica_commands(machine: Machine, model: Model | None, seed: int) -> list[tuple[list[str], dict[str, str]]]:
+    """How to start each replica, and its environment: stand-ins without a model, else the production server."""
+    if model is None:
+        return [(standin_command(), {}) for _ in range(REPLICAS)]
+    command = [sys.executable, str(ROOT / "ch16" / "inference_serving.py"), "--serve", "--seed", str(seed)]
+    command += ["--max-num-seqs", "32", "--model", model.absolute_path]
+    if machine.device == "cpu":  # one thread each, on few cores for many processes
+        return [([*command, "--device", "cpu"], {"OMP_NUM_THREADS": "1"}) for _ in range(REPLICAS)]
+    share = 0.85 / math.ceil(REPLICAS / machine.count)
+    memory = ["--tensor-parallel", "1", "--gpu-memory-utilization", f"{share:.2f}"]
+    devices = device_names(machine)
+    return [([*command, *memory], {"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]}) for i in range(REPLICAS)]
+
+
+@contextlib.contextmanager
+def running(
+    commands: Sequence[tuple[list[str], dict[str, str]]], logs: Path, in_turn: bool
+) -> Iterator[list[ServerProcess]]:
+    """Replicas that are ready; stopped at the end. `in_turn`: one is ready before the next starts."""
+    replicas = [ServerProcess(command, logs, env) for command, env in commands]
+    with contextlib.ExitStack() as stack:
+        for replica in tqdm(replicas, desc="starting replicas", leave=False, disable=None):
+            stack.callback(replica.stop)
+            replica.start()
+            if in_turn:
+                replica.wait_ready()
+        for replica in replicas:
+            replica.wait_ready()
+        yield replicas
 
 
 @dataclass
@@ -73,65 +91,65 @@ class Fault:
 
 async def run_lab(
     replicas: Sequence[ServerProcess],
-    gateway_url: str,
-    choose: Callable[[], str],
+    urls: Mapping[str, Callable[[], str]],
     body: Callable[[int], Mapping[str, object]],
     plan: Plan,
-    say: Callable[[str], object] = lambda text: None,
+    progress: tqdm,
 ) -> tuple[dict[str, list[Answer]], list[Fault]]:
-    """Load on all paths while the faults happen one after another.
+    """Load in each configuration while the faults happen one after another.
 
     Args:
-        replicas: three that are ready.
-        choose: the next server of plain round robin, `host:port`.
+        replicas: REPLICAS that are ready.
+        urls: by configuration: where the next request goes.
         body: of the i-th request.
-        say: told of each fault.
+        progress: moves on with each fault that is over.
 
     Returns:
-        The answers on each path, and the faults.
+        The answers by configuration, and the faults.
     """
     stop = asyncio.Event()
-    urls = (lambda: replicas[0].url, lambda: f"http://{choose()}", lambda: gateway_url)
     loads = [
         asyncio.create_task(steady(url, name.replace(" ", "-"), body, plan.rate, stop, plan.patience_s))
-        for name, url in zip(PATHS, urls, strict=True)
+        for name, url in urls.items()
     ]
     faults: list[Fault] = []
 
-    def note(name: str, replica: ServerProcess) -> Fault:
-        say(name)
+    def begin(name: str, replica: ServerProcess) -> Fault:
+        progress.set_description(name)
         faults.append(Fault(name, replica.address, time.perf_counter()))
         return faults[-1]
+
+    async def end(fault: Fault, replica: ServerProcess) -> None:
+        fault.ready_at = await ready(replica)
+        progress.update()
+        await asyncio.sleep(plan.gap_s)
 
     try:
         first, second, third = replicas
         await asyncio.sleep(plan.gap_s)
 
-        fault = note("SIGKILL, started again", first)
+        fault = begin("SIGKILL, started again", first)
         first.signal_all(signal.SIGKILL)
         await asyncio.to_thread(first.process.wait)
         await asyncio.sleep(plan.down_s)
         first.start()
-        fault.ready_at = await ready(first)
-        await asyncio.sleep(plan.gap_s)
+        await end(fault, first)
 
-        fault = note("SIGSTOP, continued", second)
+        fault = begin("SIGSTOP, continued", second)
         second.signal_all(signal.SIGSTOP)
         await asyncio.sleep(plan.hang_s)
         second.signal_all(signal.SIGCONT)
-        fault.ready_at = await ready(second)
-        await asyncio.sleep(plan.gap_s)
+        await end(fault, second)
 
-        fault = note("SIGTERM, started again", third)
+        fault = begin("SIGTERM, started again", third)
         third.process.send_signal(signal.SIGTERM)
         await asyncio.to_thread(third.process.wait)
         third.start()
-        fault.ready_at = await ready(third)
-        await asyncio.sleep(plan.gap_s)
+        await end(fault, third)
     finally:
         stop.set()
         answers = await asyncio.gather(*loads)
-    return dict(zip(PATHS, answers, strict=True)), faults
+    return dict(zip(urls, answers, strict=True)), faults
 
 
 async def ready(replica: ServerProcess) -> float:
@@ -146,58 +164,3 @@ async def ready(replica: ServerProcess) -> float:
             await asyncio.sleep(0.02)
     replica.wait_ready()  # says why it cannot be
     raise AssertionError
-
-
-def outcome_rows(answers: Mapping[str, Sequence[Answer]]) -> list[dict]:
-    """Rows of OUTCOME_COLUMNS."""
-    rows = []
-    for path, seen in answers.items():
-        counts = {column.key: 0 for column in OUTCOME_COLUMNS[2:8]}
-        for answer in seen:
-            counts[answer.outcome] += 1
-            counts["retried"] += answer.outcome == "answered" and answer.retries > 0
-        ttft = [1e3 * answer.ttft_s for answer in seen if answer.times]
-        figures = {f"ttft_p{q}_ms": percentile(ttft, q) if ttft else None for q in (50, 99)}
-        rows.append({"path": path, "sent": len(seen)} | counts | figures)
-    return rows
-
-
-def fault_rows(answers: Sequence[Answer], faults: Sequence[Fault]) -> list[dict]:
-    """Rows of FAULT_COLUMNS: what each fault did to the gateway's requests.
-
-    `back_s`: from the replica's return to the first request that was sent and that it answered.
-    """
-    start, end = min(answer.sent for answer in answers), max(answer.ended for answer in answers)
-    rows = []
-    for fault, until in itertools.zip_longest(faults, [later.at for later in faults[1:]], fillvalue=end):
-        hit = [answer for answer in answers if fault.at <= answer.ended <= until]
-        after = [a.sent for a in answers if a.server == fault.server and a.sent >= fault.ready_at and a.complete]
-        rows.append(
-            {
-                "fault": fault.name,
-                "at_s": fault.at - start,
-                "retried": sum(answer.retries > 0 and answer.complete for answer in hit),
-                **{kind: sum(answer.outcome == kind for answer in hit) for kind in ("cut off, told", "lost")},
-                "away_s": fault.ready_at - fault.at,
-                "back_s": min(after) - fault.ready_at if after else None,
-            }
-        )
-    return rows
-
-
-def claim(rows: Sequence[dict], faults: Sequence[dict]) -> Verdict:
-    """L1 from the rows of the two tables."""
-    one, _, gateway = rows
-    bad = {row["path"]: row["sent"] - row["answered"] for row in rows}
-    measured = (
-        f"unanswered: {bad['one server']:,} of {one['sent']:,} with one server, {bad['plain round robin']:,} with "
-        f"plain round robin, {bad['gateway']:,} behind the gateway, of which {gateway['cut off, told']:,} had begun "
-        "and were told"
-    )
-    back = [row["back_s"] for row in faults if row["back_s"] is not None]
-    if back:
-        measured += f"; returned replicas in use after {max(back):.1f} s at most"
-    if never := len(faults) - len(back):
-        measured += f"; {never} of {len(faults)} replicas not used again"
-    safe = gateway["lost"] == gateway["duplicated"] == gateway["cut off, not told"] == 0
-    return judge("L1", bad["one server"] > 0 and safe and bad["gateway"] < bad["plain round robin"], measured)

@@ -1,49 +1,58 @@
-"""The picture of the lab: what became of the requests over time, one plot a path."""
+"""The picture of the lab: unanswered requests over time, and what became of them."""
 
-import collections
-import math
 from collections.abc import Mapping, Sequence
 
 from ch16.parts.load_balancer.client import Answer
 from ch16.parts.load_balancer.lab import Fault
-from common.plots import draw, save_plot
+from common.plots import COLOURS, draw, legend_below, save_plot
+from common.results import Report
 
-COLORS = {
-    "answered": "tab:green",
-    "retried": "tab:blue",
-    "cut off, told": "tab:orange",
-    "cut off, not told": "tab:purple",
-    "lost": "tab:red",
-    "duplicated": "black",
-}
+LINES = {"one server": "baseline", "plain round robin": "second", "gateway": "variant"}
+OUTCOMES = {"lost": "bad", "cut off, not told": "fourth", "cut off, told": "fifth", "duplicated": "third"}
 
 
-def plot(path: str, answers: Mapping[str, Sequence[Answer]], faults: Sequence[Fault]) -> None:
-    """Requests by the time they were sent, stacked by outcome, with the faults as lines."""
-    figure, axes = draw(len(answers))
+def plot(path: str, answers: Mapping[str, Sequence[Answer]], faults: Sequence[Fault], results: Report) -> None:
+    """Left: requests without a whole answer so far, with the faults shaded. Right: by outcome."""
+    figure, (left, right) = draw(2)
     start = min(answer.sent for seen in answers.values() for answer in seen)
-    length = max(answer.sent for seen in answers.values() for answer in seen) - start
-    width = 0.5 if length < 30 else math.ceil(length / 60)  # whole seconds: each holds as many requests as the next
-    for axis, (name, seen) in zip(axes, answers.items(), strict=True):
-        bottom: collections.Counter[int] = collections.Counter()
-        for outcome, color in COLORS.items():
-            counts = collections.Counter(int((a.sent - start) / width) for a in seen if shown(a) == outcome)
-            if counts:
-                bins = sorted(counts)
-                heights = [counts[i] for i in bins]
-                places = [(i + 0.5) * width for i in bins]
-                axis.bar(places, heights, width, bottom=[bottom[i] for i in bins], color=color, label=outcome)
-            bottom.update(counts)
-        top = max(bottom.values())
-        for number, fault in enumerate(faults):
-            axis.axvline(fault.at - start, color="gray", linestyle="--", linewidth=1)
-            axis.text(fault.at - start, (1.02 + 0.07 * number) * top, f" {fault.name.split(',')[0]}", fontsize=8)
-            axis.axvline(fault.ready_at - start, color="gray", linestyle=":", linewidth=1)
-        axis.set(title=name, xlabel="sent at, s", ylabel=f"requests in {width:g} s", ylim=(0, 1.35 * top))
-        axis.legend(loc="upper right", fontsize=8, ncols=2)
-    save_plot(figure, path)
+    end = max(answer.sent for seen in answers.values() for answer in seen) - start
+    bad = {
+        name: sorted(answer.sent - start for answer in seen if answer.outcome != "answered")
+        for name, seen in answers.items()
+    }
+    top = max(map(len, bad.values())) or 1
+    for name, times in bad.items():
+        left.step(
+            [0, *times, end], [*range(len(times) + 1), len(times)], where="post", color=COLOURS[LINES[name]], label=name
+        )
+    for fault in faults:
+        began, over = fault.at - start, fault.ready_at - start
+        left.axvspan(began, over, color=COLOURS["quiet"], alpha=0.25)
+        left.text((began + over) / 2, 1.04 * top, fault.name.split(",")[0], ha="center")
+    left.set(
+        title="Each replica fails once (shaded)",
+        xlabel="time the request was sent, s",
+        ylabel="unanswered requests so far",
+        ylim=(0, 1.15 * top),
+        xlim=(0, end),
+    )
+    legend_below(left, 3)
 
-
-def shown(answer: Answer) -> str:
-    """An outcome, with retried ones apart."""
-    return "retried" if answer.outcome == "answered" and answer.retries else answer.outcome
+    names, bottom = [name.replace(" ", "\n", 1) for name in answers], [0] * len(answers)
+    for outcome, colour in OUTCOMES.items():
+        counts = [sum(answer.outcome == outcome for answer in seen) for seen in answers.values()]
+        if any(counts):
+            right.bar(names, counts, 0.6, bottom=bottom, color=COLOURS[colour], label=outcome)
+            bottom = [below + count for below, count in zip(bottom, counts, strict=True)]
+    shares = [100 * len(times) / len(answers[name]) for name, times in bad.items()]
+    for place, (height, share) in enumerate(zip(bottom, shares, strict=True)):
+        right.text(place, height + 0.02 * top, f"{share:.1f}%", ha="center")
+    right.set(title="What became of them", ylabel="unanswered requests", ylim=(0, 1.15 * top))
+    if any(bottom):
+        legend_below(right, 2)
+    single, robin, gateway = (len(times) for times in bad.values())
+    message = f"Unanswered: {gateway:,} of {len(answers['gateway']):,} behind the gateway, "
+    message += f"{single:,} with one server, {robin:,} with round robin"
+    model = results.settings["model"]
+    simulated = model == "simulated"
+    save_plot(figure, path, message, "stand-in replicas" if simulated else model, results.machine, simulated=simulated)

@@ -1,4 +1,4 @@
-"""What a proxy must know of HTTP: which headers end at each hop, where an event ends, how a conversation begins."""
+"""The parts of HTTP that a proxy needs: hop-by-hop headers, ends of events, the beginning of a conversation."""
 
 import asyncio
 import json
@@ -7,19 +7,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from aiohttp import web
 
 # RFC 9110, 7.6.1; a `Connection` header names more of them.
-HOP_BY_HOP = frozenset(
-    (
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-    )
-)
+HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"} | {
+    f"proxy-{name}" for name in ("authenticate", "authorization", "connection")
+}
 # Streams of these paths end with `data: [DONE]`; other event streams have ends of their own.
 ENDS_WITH_DONE = ("/generate", "/v1/completions", "/v1/chat/completions")
 EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
@@ -36,9 +26,9 @@ def end_to_end(headers: Mapping[str, str], drop: Collection[str] = ()) -> Iterab
 
 
 def prefix_of(body: bytes) -> str:
-    """What a request's text begins with, the same for all turns of a conversation; "" if it has no text.
+    """The beginning of a request's text, the same for all turns of a conversation; "" if it has no text.
 
-    A chat: its messages up to the first of the user. A completion: the first 256 characters (or tokens) of the prompt.
+    A chat: its messages up to the user's first. A completion: the first 256 characters (or tokens) of the prompt.
     """
     try:
         content = json.loads(body)
@@ -48,7 +38,7 @@ def prefix_of(body: bytes) -> str:
         prompt = content.get("prompt") or ""
         return prompt[:PREFIX_CHARS] if isinstance(prompt, str) else json.dumps(prompt[:PREFIX_CHARS])
     except (ValueError, AttributeError, TypeError, RecursionError):
-        return ""  # the replica will say what is wrong with it
+        return ""  # the replica reports what is wrong with it
 
 
 class WholeEvents:
@@ -63,13 +53,13 @@ class WholeEvents:
 
     def feed(self, chunk: bytes) -> bytes:
         """The events that are complete with this chunk."""
-        if not self.rest and chunk.endswith(b"\n\n"):  # as servers mostly send them
+        if not self.rest and chunk.endswith(b"\n\n"):  # the usual case
             events = chunk
         else:
             data = self.rest + chunk
             end = max(data.rfind(mark) + len(mark) if mark in data else 0 for mark in EVENT_ENDS)
             if len(data) - end > MAX_EVENT_BYTES:
-                end = len(data)  # no event of a token: pass it on rather than hold it
+                end = len(data)  # longer than any token's event: pass it on
             events, self.rest = data[:end], data[end:]
         self.finished |= b"data: [DONE]" in events
         self.failed |= b'data: {"error"' in events
@@ -77,7 +67,7 @@ class WholeEvents:
 
 
 class PatientServer(web.Server):
-    """aiohttp's server, which hangs up on connections that have not sent a first request within `request_s`."""
+    """aiohttp's server that closes connections without a first request within `request_s`."""
 
     def __init__(self, handler: Callable, request_s: float, **kwargs: object) -> None:
         super().__init__(handler, **kwargs)

@@ -1,5 +1,4 @@
 import asyncio
-import bisect
 import json
 import math
 import re
@@ -11,10 +10,10 @@ import time
 
 import pytest
 import requests
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
-from ch16.parts.load_balancer.dashboard import INTERVAL_S, POINTS, Dashboard, Reading, figures, gained, parse, quantile
+from ch16.parts.load_balancer.dashboard import INTERVAL_S, POINTS, Dashboard, Reading, figures, gained, parse
 from common.server import ServerProcess
 from common.standin import standin_command
 from tests.servers import ROOT
@@ -51,22 +50,6 @@ def test_parse_adds_engines_up():
 @given(st.text() | st.text(alphabet='vllm:generation_tokens_total{le="} 1.e\n'))
 def test_parse_takes_anything(text):
     parse(text + "\nvllm:generation_tokens_total 1e\nvllm:generation_tokens_total{le=\n")
-
-
-@example([0.5, 0.5, 0.5], 1.0)  # 0.1 + 0.4 * 3 / 3 is above 0.5
-@given(st.lists(st.floats(0.001, 0.999), min_size=1, max_size=50), st.floats(0.01, 1))
-def test_quantile_is_in_the_bucket_of_the_true_one(values, q):
-    buckets = [(bound, sum(value <= bound for value in values)) for bound in LE]
-    rank = math.ceil(q * len(values) - 1e-9) - 1
-    true = sorted(values)[rank]
-    i = bisect.bisect_left(LE, true)
-    assert (LE[i - 1] if i else 0) <= quantile(q, buckets) <= LE[i]
-
-
-def test_quantile_at_the_edges():
-    assert quantile(0.5, []) is None and quantile(0.5, [(1.0, 0), (math.inf, 0)]) is None
-    assert quantile(0.5, [(math.inf, 10), (1.0, 10)]) == 0.5
-    assert quantile(0.99, [(1.0, 5), (2.0, 5), (math.inf, 10)]) == 2.0
 
 
 def test_a_restarted_server_has_gained_what_it_says_now():

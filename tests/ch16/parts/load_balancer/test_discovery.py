@@ -1,11 +1,9 @@
 """Servers that come and go: the name, the balancer, and the gateway in between."""
 
-import argparse
 import asyncio
 import os
 import signal
 import socket
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -16,7 +14,7 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ch16.load_balancer import POLICIES, LoadBalancer, name_and_port
+from ch16.load_balancer import POLICIES, LoadBalancer
 from ch16.parts.load_balancer.breaker import NoServer
 from ch16.parts.load_balancer.discovery import addresses
 from ch16.parts.load_balancer.gateway import Gateway, Limits
@@ -53,16 +51,6 @@ def test_every_address_of_a_name_is_a_server(monkeypatch):
 @pytest.mark.parametrize("error", [socket.gaierror(-2, "not known"), OSError("no network"), UnicodeError("too long")])
 def test_a_name_that_does_not_resolve(monkeypatch, error):
     assert resolve(monkeypatch, error) is None
-
-
-def test_the_flag():
-    assert name_and_port("inference-server.inference.svc:8000") == ("inference-server.inference.svc", 8000)
-    for text in ("inference-server", "a:1,b:2", ":8000", ""):
-        with pytest.raises(argparse.ArgumentTypeError):
-            name_and_port(text)
-    both = [sys.executable, SCRIPT, "--servers", "a:1", "--discover", "b:1"]
-    done = subprocess.run(both, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "not allowed with argument" in done.stderr
 
 
 # ---- the balancer ----

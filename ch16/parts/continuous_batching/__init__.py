@@ -1,1 +1,1 @@
-"""Parts of continuous_batching.py: admission, batch sizes, prompts that disturb running streams, the picture."""
+"""Parts of continuous_batching.py: sizes, workload, bounds, the prefill engine, tables, claims, the picture."""

@@ -1,68 +1,57 @@
-"""The picture: slots over time, batch sizes with their knee, gaps between tokens."""
+"""The picture: slots over time under both policies, and what a larger batch costs and gives."""
 
 from collections.abc import Mapping, Sequence
 
-from ch16.parts.continuous_batching.drive import Course
-from ch16.parts.continuous_batching.interference import NONE, Run, Way
-from ch16.parts.continuous_batching.sizes import knee_of
-from common.plots import draw, save_plot
+from ch16.parts.continuous_batching.claims import knee_of, span
+from common.gpu import Machine
+from common.load import Timeline
+from common.plots import COLOURS, draw, legend_below, save_plot
 
-BATCHES_SHOWN = 8
+BATCHES_SHOWN = 8  # of fixed batches: further ones look the same and would be too narrow
 
 
 def plot(
-    path: str,
-    courses: Mapping[str, Course],
-    sweeps: Mapping[str, Sequence[Mapping]],
-    crossovers: Mapping[str, float | None],
-    runs: Mapping[Way, Sequence[Run]],
+    path: str, timelines: Mapping[str, Timeline], decode: Sequence[Mapping], slots: int, model: str, machine: Machine
 ) -> None:
     """Draw it.
 
     Args:
-        courses: of the requests, by admission.
-        sweeps: rows by phase.
-        crossovers: batch by phase; None where it is not known.
-        runs: of the streams, by way.
+        timelines: the median run by policy, fixed batches first.
+        decode: rows of DECODE_COLUMNS.
+        slots: of the engine in those runs.
     """
-    from matplotlib.ticker import LogLocator, NullLocator
+    figure, (running, sizes) = draw(2)
+    shown_s, means = 0.0, []
+    for (name, timeline), colour in zip(timelines.items(), ("baseline", "variant"), strict=True):
+        start, steps = min(timeline.sent.values()), timeline.steps
+        batches = len(timeline.sent) / slots
+        shown_s = max(shown_s, (steps[-1].ended - start) * min(1, BATCHES_SHOWN / batches))
+        means.append(sum(step.requests for step in steps) / len(steps))
+        seconds, counts = [step.ended - start for step in steps], [step.requests for step in steps]
+        running.step(seconds, counts, where="pre", lw=1.5, color=COLOURS[colour], label=name)
+    running.set(
+        title="requests running", xlabel="seconds", ylabel="requests", ylim=(0, 1.05 * slots), xlim=(0, shown_s)
+    )
+    legend_below(running)
 
-    figure, (slots, *sizes, gaps) = draw(4)
-    shown_s = 0.0  # of all batches the first few: more are not to be told apart
-    for name, course in courses.items():
-        start = min(course.sent.values())
-        batches = len(course.sent) / max(n for _, n in course.steps)
-        shown_s = max(shown_s, (course.steps[-1][0] - start) * min(1, BATCHES_SHOWN / batches))
-        slots.step([t - start for t, _ in course.steps], [n for _, n in course.steps], where="pre", lw=0.8, label=name)
-    slots.set(title="requests running", xlabel="seconds", ylim=(0, None), xlim=(0, shown_s))
-    slots.legend(loc="lower right")
-
-    for axis, (phase, rows) in zip(sizes, sweeps.items(), strict=True):
-        batches = [row["batch"] for row in rows]
-        axis.plot(batches, [row["tokens_per_s"] for row in rows], "o-", label="tokens/s")
-        other = axis.twinx()
-        other.plot(batches, [row["ms"] for row in rows], "C1s--", label="ms (right)")
-        lines = [*axis.get_lines(), *other.get_lines()]
-        first, last = knee_of(rows)
-        lines.append(axis.axvspan(first["batch"] / 1.1, last["batch"] * 1.1, color="C2", alpha=0.2, label="knee"))
-        cross = crossovers[phase]
-        if cross and cross <= 4 * batches[-1]:
-            lines.append(axis.axvline(cross, color="C3", linestyle="-.", label=f"compute-bound from {cross:.0f}"))
-        axis.set(title=phase, xlabel="batch", xscale="log", ylim=(0, None))
-        axis.set_xticks(batches, batches)
-        axis.minorticks_off()
-        other.set(ylim=(0, None))
-        axis.legend(lines, [line.get_label() for line in lines], loc="lower right")
-
-    shown = [way for way in runs if way.name != NONE]
-    for way in shown:
-        stream = runs[way][0].gaps_s[0]
-        label = way.name + (f", {way.budget} tokens a step" if way.budget else "")
-        gaps.plot([1e3 * gap for gap in stream], lw=1, label=label)
-    gaps.set(title="ms between tokens of a stream", xlabel="token", yscale="log")
-    gaps.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    gaps.yaxis.set_major_formatter("{x:g}")
-    gaps.yaxis.set_minor_locator(NullLocator())
-    gaps.margins(y=0.3)  # room for the legend
-    gaps.legend(fontsize="small", loc="upper right")
-    save_plot(figure, path)
+    ms, rates = [row["ms"] for row in decode], [row["tokens_per_s"] for row in decode]
+    sizes.plot(ms, rates, "-", color=COLOURS["quiet"])
+    for label, rows in (("batch", decode), ("knee", [row for row in decode if row["mark"]])):
+        points = [row["ms"] for row in rows], [row["tokens_per_s"] for row in rows]
+        sizes.plot(*points, "o", ms=9, color=COLOURS["quiet" if label == "batch" else "variant"], label=label)
+    for row in decode:
+        at = row["ms"], row["tokens_per_s"]
+        sizes.annotate(f"{row['batch']}", at, xytext=(9, -5), textcoords="offset points")
+    sizes.set(title="decode by batch size", xlabel="ms per token", ylabel="output tok/s", xlim=(0, 1.12 * max(ms)))
+    sizes.set_yscale("log", base=10)
+    sizes.yaxis.set_major_formatter("{x:,g}")
+    legend_below(sizes)
+    knee = span(*(row["batch"] for row in knee_of(decode)))
+    save_plot(
+        figure,
+        path,
+        f"Of {slots} slots, continuous batching keeps {means[1]:.1f} busy and fixed batches {means[0]:.1f}; "
+        f"decode gives the most throughput per latency at batch {knee}",
+        model,
+        machine,
+    )

@@ -1,4 +1,4 @@
-"""A second engine in a process of its own, which reads prompts and does nothing else; and who computes where."""
+"""A second engine in its own process, which only reads prompts; and which cores or GPU each engine computes on."""
 
 import contextlib
 import ctypes
@@ -11,16 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from ch16.parts.continuous_batching.drive import Request, all_at_once, drive
 from common.cli import CannotRun
 from common.engine import start_engine
 from common.gpu import Machine, device_names
+from common.load import send_wave
 
 GONE = "the prefill engine's process ended (VLLM_LOGGING_LEVEL=INFO shows its log)"
 
 
 def cannot_separate(machine: Machine) -> str:
-    """Why this machine has no place for two engines that do not share what computes; empty if it has."""
+    """Why two engines on this machine would share what computes; empty if they would not."""
     if machine.device == "cuda":
         return "" if machine.count > 1 else "one GPU: two engines on it would disturb each other as in one batch"
     if not hasattr(os, "sched_setaffinity"):
@@ -31,18 +31,18 @@ def cannot_separate(machine: Machine) -> str:
 class PrefillEngine:
     """An engine like this process's on the other half of the cores, or the second GPU; a context manager.
 
-    Its prompts wait in line and are read one by one. What they leave in its KV cache is not sent anywhere.
+    Its prompts queue and are read one by one. Their KV cache is not sent anywhere.
     """
 
     def __init__(self, settings: Mapping[str, object], machine: Machine) -> None:
         context = multiprocessing.get_context("fork" if machine.device == "cpu" and _should_fork() else "spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, self._pipe, dict(settings), machine))
+        self._pipe, childs_end = context.Pipe()
+        self._process = context.Process(target=_work, args=(childs_end, self._pipe, dict(settings), machine))
         self._process.start()
-        theirs.close()  # so that the end of the process is the end of the pipe
+        childs_end.close()  # so that the end of the process is the end of the pipe
 
     def wait_ready(self) -> None:
-        """Return when its engine runs.
+        """Return when the engine runs.
 
         Raises:
             CannotRun: it did not start.
@@ -50,7 +50,7 @@ class PrefillEngine:
         self._receive()
 
     def send(self, prompt: Sequence[int]) -> None:
-        """Let a prompt wait in line.
+        """Queue a prompt.
 
         Raises:
             CannotRun: its process is gone.
@@ -61,7 +61,7 @@ class PrefillEngine:
             raise CannotRun(GONE) from None
 
     def finished(self) -> float:
-        """When the next prompt in line was done, by `time.perf_counter`, which the processes of a machine share.
+        """When the next prompt in the queue was done, by `time.perf_counter`, which the processes of a machine share.
 
         Raises:
             CannotRun: its process is gone.
@@ -81,7 +81,7 @@ class PrefillEngine:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._process.kill()  # it has nothing to lose
+        self._process.kill()  # its work is not needed any more
         self._process.join()
         self._pipe.close()
 
@@ -89,8 +89,8 @@ class PrefillEngine:
 def _should_fork() -> bool:
     """Whether a fork pays and is safe.
 
-    It pays where vLLM is imported: to import it again takes longer than the engine's start. It is safe where there is
-    no other thread: a fork has none of them, and whatever they held stays locked.
+    It pays where vLLM is imported: importing it again takes longer than the engine's start. It is safe where there is
+    no other thread: a fork has no copies of them, and the locks they held stay locked.
     """
     return "vllm" in sys.modules and len(list(Path("/proc/self/task").iterdir())) == 1
 
@@ -102,7 +102,9 @@ def _work(pipe: Connection, end_of_script: Connection, settings: dict[str, objec
         os.environ["CUDA_VISIBLE_DEVICES"] = device_names(machine)[1]
     else:
         cores = half_of_cores(1)
-        os.environ["OMP_NUM_THREADS"] = str(len(cores))  # for runtimes to come; a fork has some that counted all cores
+        os.environ["OMP_NUM_THREADS"] = str(
+            len(cores)
+        )  # for OpenMP runtimes loaded later; a fork inherits some that counted all cores
         _compute_on(cores, _openmp())
     with contextlib.suppress(EOFError, BrokenPipeError):  # the script is gone
         try:
@@ -112,7 +114,7 @@ def _work(pipe: Connection, end_of_script: Connection, settings: dict[str, objec
             return
         pipe.send(time.perf_counter())
         while True:
-            drive(llm, all_at_once([Request("prompt", pipe.recv(), 1)]))
+            send_wave(llm, [pipe.recv()], tokens_out=1)
             pipe.send(time.perf_counter())
 
 
@@ -131,19 +133,19 @@ def on_half_the_cores(machine: Machine) -> Iterator[None]:
     if machine.device == "cuda":
         yield
         return
-    everything, runtimes = os.sched_getaffinity(0), _openmp()
+    all_cores, runtimes = os.sched_getaffinity(0), _openmp()
     threads = [runtime.omp_get_max_threads() for runtime in runtimes]
     _compute_on(half_of_cores(0), runtimes)
     try:
         yield
     finally:
-        _move_threads(everything)
+        _move_threads(all_cores)
         for runtime, before in zip(runtimes, threads, strict=True):
             runtime.omp_set_num_threads(before)
 
 
 def _compute_on(cores: set[int], runtimes: Sequence[ctypes.CDLL]) -> None:
-    """All threads of this process on these cores, and one of each OpenMP runtime for each core."""
+    """All threads of this process on these cores, and per OpenMP runtime one thread per core."""
     _move_threads(cores)
     for runtime in runtimes:
         runtime.omp_set_num_threads(len(cores))
@@ -162,6 +164,6 @@ def _openmp() -> list[ctypes.CDLL]:
 
 
 def _move_threads(cores: set[int]) -> None:
-    for task in Path("/proc/self/task").iterdir():  # each thread has cores of its own
+    for task in Path("/proc/self/task").iterdir():  # each thread has its own affinity
         with contextlib.suppress(ProcessLookupError):  # it ended just now
             os.sched_setaffinity(int(task.name), cores)

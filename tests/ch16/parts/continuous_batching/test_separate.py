@@ -8,8 +8,10 @@ import pytest
 
 from ch16.parts.continuous_batching import separate
 from ch16.parts.continuous_batching.separate import PrefillEngine, cannot_separate, half_of_cores, on_half_the_cores
+from common import load
 from common.cli import CannotRun
 from common.gpu import Machine, detect
+from tests.engines import CountingLLM, counted
 
 CPU = Machine("cpu", "a CPU", 1, 2**30, 2, None, True, False)
 
@@ -74,8 +76,9 @@ def on_gpus(monkeypatch):
     signal.signal(signal.SIGINT, handler)
 
 
-def test_prompts_are_read_one_by_one_on_the_second_gpu(monkeypatch, counting_llm, on_gpus):
-    llm, pipe = counting_llm(), Pipe([1, 2, 3], [4, 5])
+def test_prompts_are_read_one_by_one_on_the_second_gpu(monkeypatch, on_gpus):
+    llm, pipe = CountingLLM(), Pipe([1, 2, 3], [4, 5])
+    monkeypatch.setattr(load, "exactly", counted)
     monkeypatch.setattr(separate, "start_engine", lambda settings: (llm, 1.0))
     separate._work(pipe, Pipe(), {}, on_gpus)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"

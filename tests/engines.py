@@ -3,9 +3,10 @@
 from collections import deque
 from types import SimpleNamespace
 
-import pytest
 
-from ch16.parts.continuous_batching import drive
+def counted(tokens_out, temperature=1.0):
+    """In place of `common.load.exactly`, which imports vLLM."""
+    return SimpleNamespace(max_tokens=tokens_out)
 
 
 class CountingLLM:
@@ -14,7 +15,7 @@ class CountingLLM:
     With `ahead` as with asynchronous scheduling: what comes back is of the step before.
     """
 
-    def __init__(self, budget, ahead=False):
+    def __init__(self, budget=10**9, ahead=False):
         self.scheduler = SimpleNamespace(max_num_scheduled_tokens=budget)
         self.engine_core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=self.scheduler))
         self.llm_engine = self
@@ -23,12 +24,14 @@ class CountingLLM:
             cache_config=SimpleNamespace(block_size=16, num_gpu_blocks=1000),
         )
         self.requests = {}  # name: [prompt tokens to read, tokens to write]
+        self.priorities = {}
         self.running = []  # requests in each step
         self.under_way = deque([[]] if ahead else [])
 
-    def add_request(self, name, prompt, sampling):
+    def add_request(self, name, prompt, sampling, priority=0):
         assert name not in self.requests
         self.requests[name] = [len(prompt["prompt_token_ids"]), sampling.max_tokens]
+        self.priorities[name] = priority
 
     def step(self):
         self.running.append(len(self.requests))
@@ -46,10 +49,3 @@ class CountingLLM:
                 del self.requests[name]
         self.under_way.append(outputs)
         return self.under_way.popleft()
-
-
-@pytest.fixture
-def counting_llm(monkeypatch):
-    """Makes one with a budget of tokens a step."""
-    monkeypatch.setattr(drive, "exactly", lambda tokens_out: SimpleNamespace(max_tokens=tokens_out))
-    return lambda budget=10**9, ahead=False: CountingLLM(budget, ahead)

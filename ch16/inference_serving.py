@@ -36,7 +36,7 @@ from ch16.parts.inference_serving.bodies import TEMPERATURE, TOP_P
 from ch16.parts.inference_serving.picture import plot
 from ch16.parts.inference_serving.process import serve_engine
 from ch16.parts.inference_serving.sizes import ServingSizes, sizes_for
-from ch16.parts.inference_serving.tables import LOAD_COLUMNS, claims, differences
+from ch16.parts.inference_serving.tables import BEST, LOAD_COLUMNS, NONE_GOOD, claims, differences
 from common import cli, models, targets
 from common.engine import exceptions, prepare_environment, quiet, starting_engine, stop_engine
 from common.gpu import DTYPE_NAMES, Machine, UtilizationSampler, detect
@@ -191,7 +191,7 @@ def measure_waves(llm: "LLM", model: Model, machine: Machine, sizes: ServingSize
     send_wave(llm, random_prompts(sizes.first_wave, sizes.tokens_in, model.vocab_size, seed), 8)  # warm up
     rows = search_concurrency(wave, sizes.first_wave, capacity(llm, sizes.tokens_in + sizes.tokens_out))
     best = best_row(rows)
-    mark = "<- best" if meets_targets(best) else "<- misses the targets"
+    mark = BEST if meets_targets(best) else NONE_GOOD
     return [row | {"best": mark if row is best else ""} for row in rows]
 
 
@@ -246,7 +246,7 @@ def demo(args: argparse.Namespace) -> int:
     print(f"model:   {model.name}{' (random weights: speed only)' if model.dummy else ''}")
     if model.note:
         print(f"         {model.note}")
-    print(f"engine:  {differences(engines[-1], CHAPTER)}")
+    print(differences(engines[-1], CHAPTER))
     rows, bests = measure(results, engines, model, machine, sizes)
     report(results, rows, bests, model, machine, args)
     return 0

@@ -1,10 +1,11 @@
-"""Eight GPUs, one model: as one server of eight, as two of four, or as eight of one behind a gateway?
+"""Eight GPUs, one model: one server on eight, two on four, or eight on one behind a gateway?
 
-Tensor parallelism cuts every layer over its GPUs: each reads an N-th of the weights, so a token is faster, and the
-memory that the weights leave is one large KV cache; but all GPUs wait for each other twice a layer. Replicas exchange
-nothing, and hold the weights once each. Which is better depends on the model, the memory and the load, so this starts
-each layout as it would run in production (replicas of `inference_serving.py --serve` on GPUs of their own, the gateway
-of `load_balancer.py` in front) and sends all of them the same load with vLLM's own benchmark client.
+Tensor parallelism (TP) cuts every layer over its GPUs. Each GPU reads an N-th of the weights, so a token is faster, and
+the memory that the weights leave is one large KV cache; but all GPUs wait for each other twice per layer. Replicas
+exchange nothing, and each holds all weights. Which is better depends on the model, the memory and the load.
+
+So this starts each layout as it would run in production: replicas of `inference_serving.py --serve` on GPUs of their
+own, the gateway of `load_balancer.py` in front. All layouts get the same load from vLLM's own benchmark client.
 
 Made for one host with several GPUs. Two CPU cores run the same processes on a small model with random weights: there it
 shows that the launch works, not which layout is fast.
@@ -14,9 +15,8 @@ shows that the launch works, not which layout is fast.
     python3 ch16/serving_layouts.py --dry-run                     # processes and memory on 8 GPUs, nothing started
     python3 ch16/serving_layouts.py --dummy-weights deepseek-coder-33b --layouts 8x1 2x4 1x8 --gpu-hour-price 2.5
 
-How to read it: all requests of a load come at once, so TTFT is that of a burst, P99 that of the last prompt. `goodput`
-counts requests that met the objective for both TTFT and TPOT. `<- best` is a layout's highest throughput whose TPOT P99
-meets the objective. `client late` is how late the client's own clock was: near TPOT the client is the bottleneck.
+How to read it: all requests of a load come at once, so TTFT is that of a burst. `good %` are the requests that met the
+objective for both TTFT and TPOT. `<- best` is a layout's highest throughput whose TPOT P99 meets the objective.
 """
 
 import runpy
@@ -25,151 +25,204 @@ from pathlib import Path
 runpy.run_path(str(Path(__file__).resolve().parent.parent / "common" / "environment.py"))
 
 import argparse
+import math
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
-from ch16.parts.serving_layouts.launch import (
-    Command,
-    Service,
-    cache_tokens,
-    gateway_command,
-    replica_commands,
-    running,
-    words_tokenizer,
-)
+from ch16.parts.serving_layouts import launch
+from ch16.parts.serving_layouts.flags import loads_for, model_for, parse
+from ch16.parts.serving_layouts.launch import Command, Service, shell, words_tokenizer
 from ch16.parts.serving_layouts.picture import plot_layouts, plot_plan
-from ch16.parts.serving_layouts.plan import (
-    WORKING_BYTES,
-    Layout,
-    gib,
-    parse_layout,
-    possible_layouts,
-    problem,
-    room_for,
-)
-from common import cli, models, targets
+from ch16.parts.serving_layouts.tables import PLAN_COLUMNS, START_COLUMNS, claims, layout_columns, plan_row
+from common import cli, models
 from common.cli import CannotRun
-from common.engine import quiet, use_fp8
+from common.engine import CPU_KV_CACHE_BYTES, GPU_MEMORY_UTILIZATION, quiet
 from common.gpu import Machine, UtilizationSampler, detect, device_names
-from common.loadclient import Load, Objective, Target, run_load
-from common.models import Model
-from common.results import Column, Report, Verdict, judge, not_applicable
+from common.loadclient import Endpoint, Objective, RequestLoad, run_load
+from common.models import Model, kv_bytes_per_token, parameter_count, why_not_sharded
+from common.results import Report, not_applicable
 from common.standin import MODEL as STANDIN
-from common.standin import standin_command
 
 # ---- configuration ----
 
-CHAPTER_SHAPE, CPU_SHAPE = "deepseek-coder-33b", "small-moe"  # on GPUs, and on a CPU
 CPU_RANKS = 2
 MAX_MODEL_LEN = 4096  # the server's default
-SEQUENCE_TOKENS = 1024  # of a request in the dry run's table
-FIRST_PORT, GATEWAY_PORT = 8001, 9000  # in the dry run's commands
+GIB = 2**30
+# Activations, CUDA graphs, NCCL's buffers: about what was neither weights nor KV cache when vLLM ran the 33B shape on
+# one H100 (results/h100/inference_serving.json: the KV cache held 303 sequences of 1,024 tokens).
+WORKING_BYTES = 4 * GIB
+STREAM_INTERVAL = 8  # tokens per event: one gateway and one client, each on one core, pass on the tokens of all GPUs
+GRAPHS_UP_TO = 512  # sequences per batch, by vLLM's default; a larger batch would run without CUDA graphs
 
-LAYOUT_COLUMNS = (
-    Column("layout", "layout"),
-    Column("at_once", "requests at once", ",d"),
-    Column("tokens_per_s", "output tok/s", ",.0f"),
-    Column("tokens_per_s_device", "a device", ",.0f"),
-    Column("tpot_p50_ms", "TPOT P50 ms", ".1f"),
-    Column("tpot_p99_ms", "TPOT P99 ms", ".1f"),
-    Column("ttft_p50_ms", "TTFT P50 ms", ",.0f"),
-    Column("ttft_p99_ms", "TTFT P99 ms", ",.0f"),
-    Column("utilization", "GPU busy %", ".0f"),
-    Column("goodput", "goodput req/s", ",.2f"),
-    Column("good_percent", "good %", ".0f"),
-    Column("price", "price of 1M output tokens", ".3f"),
-    Column("errors", "errors", "d"),
-    Column("late_ms", "client late P99 ms", ".1f"),
-    Column("best", ""),
-)
-PLAN_COLUMNS = (
-    Column("machine", "machine"),
-    Column("layout", "layout"),
-    Column("processes", "processes", "d"),
-    Column("weights_gib", "weights GiB a device", ".1f"),
-    Column("cache_gib", "KV cache GiB a device", ".1f"),
-    Column("cache_tokens", "KV tokens, all replicas", ",d"),
-    Column("sequences", f"sequences of {SEQUENCE_TOKENS:,} tokens", ",d"),
-    Column("problem", "does not fit"),
-)
-START_COLUMNS = (
-    Column("layout", "layout"),
-    Column("start_s", "ready after s", ".0f"),
-    Column("cache_tokens", "KV tokens planned", ",d"),
-    Column("measured_cache_tokens", "KV tokens of vLLM", ",d"),
-    Column("error_percent", "error %", "+.1f"),
-)
+# ---- mechanism ----
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Tokens in and out of a request, and for each load how many requests come at once for each device."""
+class Layout:
+    """`replicas` of the model, each over `ranks` devices by tensor parallelism.
 
-    tokens_in: int
-    tokens_out: int
-    at_once: tuple[int, ...]
+    N x TP=1: every device holds the whole model and exchanges nothing; the weights are stored N times.
+    1 x TP=N: every device holds an N-th of each layer; the weights are stored once, and all wait for each other.
+    """
 
+    replicas: int
+    ranks: int
 
-def sizes_for(machine: Machine, quick: bool) -> Sizes:
-    """The chapter's load on GPUs; one that ends in time on two CPU cores."""
-    if quick:
-        return Sizes(32, 32, (8, 16))
-    return Sizes(512, 512, (64, 128, 192, 256)) if machine.device == "cuda" else Sizes(64, 64, (4, 16))
+    def __str__(self) -> str:
+        return f"{self.replicas} x TP={self.ranks}"
 
+    @property
+    def devices(self) -> int:
+        """On the whole host."""
+        return self.replicas * self.ranks
 
-# ---- mechanism: a layout comes up, takes loads, goes down ----
-
-
-def serving(layout: Layout, service: Service) -> list[Command]:
-    """The replicas of a layout; stand-ins where there is no model."""
-    if service.model is not None:
-        return replica_commands(layout, service)
-    words = standin_command("--step-ms", "3", "--sequence-us", "300", "--prefill-us", "10", "--slots", "16")
-    return [Command(tuple(words[1:]), {})] * layout.replicas
+    @property
+    def processes(self) -> int:
+        """The gateway; per replica an API server, an engine, and one worker per rank if there are several ranks."""
+        return 1 + self.replicas * (2 + (self.ranks if self.ranks > 1 else 0))
 
 
-def measure_layout(layout: Layout, service: Service, loads: Sequence[Load], objective: Objective) -> tuple[list, dict]:
+def parse_layout(text: str) -> Layout:
+    """argparse type: RxT, R replicas over T devices each."""
+    replicas, ranks = map(int, text.split("x"))
+    if min(replicas, ranks) < 1:
+        raise ValueError(text)
+    return Layout(replicas, ranks)
+
+
+def possible_layouts(config: Mapping[str, object], devices: int) -> list[Layout]:
+    """All layouts that use every device and whose ranks divide the model, from most replicas to fewest."""
+    return [
+        Layout(devices // ranks, ranks)
+        for ranks in range(1, devices + 1)
+        if devices % ranks == 0 and not why_not_sharded(config, ranks)
+    ]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes per device, and the tokens that the KV caches of all replicas hold together."""
+
+    weights: float
+    cache: float  # below 0: the weights alone are too large
+    tokens: int
+
+
+def plan_memory(config: Mapping[str, object], layout: Layout, machine: Machine, fp8: bool) -> MemoryPlan | None:
+    """The memory of a layout; None for a model whose number of parameters does not follow from its config here.
+
+    weights = parameters x bytes / ranks; vLLM does not quantize the embedding and the head
+    cache   = 0.9 of the device - working memory - weights
+    tokens  = replicas x cache / (KV bytes per token / min(ranks, KV heads)): further ranks hold copies of KV heads
+
+    Args:
+        config: the content of the model's config.json.
+        fp8: weights and KV cache of one byte per value.
+    """
+    parameters, size = parameter_count(config), 1 if fp8 else machine.itemsize
+    if parameters is None or "quantization_config" in config:
+        return None
+    embeddings = config["vocab_size"] * config["hidden_size"] * (1 if config.get("tie_word_embeddings") else 2)
+    weights = ((parameters - embeddings) * size + machine.itemsize * embeddings) / layout.ranks
+    if machine.device == "cpu":
+        cache = CPU_KV_CACHE_BYTES  # whatever the weights leave
+    else:
+        cache = GPU_MEMORY_UTILIZATION * machine.memory_bytes - WORKING_BYTES - weights
+    shares = min(layout.ranks, config.get("num_key_value_heads") or config["num_attention_heads"])
+    tokens = layout.replicas * max(0, int(cache * shares // kv_bytes_per_token(config, size)))
+    return MemoryPlan(weights, cache, tokens)
+
+
+def problem(config: Mapping[str, object], layout: Layout, machine: Machine, fp8: bool, longest: int) -> str:
+    """Why a layout cannot run on this machine's devices; empty if it can.
+
+    Args:
+        longest: tokens of the longest sequence, which must fit into the KV cache of a replica.
+    """
+    if layout.devices > machine.count:
+        return f"it needs {layout.devices} devices, there are {machine.count}"
+    if why := why_not_sharded(config, layout.ranks):
+        return why
+    plan = plan_memory(config, layout, machine, fp8)
+    if plan is None:
+        return ""
+    if plan.cache <= 0:
+        usable = GPU_MEMORY_UTILIZATION * machine.memory_bytes
+        return f"{plan.weights / GIB:.0f} GiB of weights on each device, of which {usable / GIB:.0f} GiB can be used"
+    if plan.tokens < layout.replicas * longest:
+        return f"a KV cache of {plan.tokens // layout.replicas:,} tokens, one sequence may have {longest:,}"
+    return ""
+
+
+def replica_commands(layout: Layout, service: Service) -> list[Command]:
+    """The replicas, on disjoint devices. Each takes its share of the requests and decodes all of them together."""
+    model, share = service.model, math.ceil(service.at_once / layout.replicas)
+    words = [str(launch.SERVING), "--serve", "--device", service.machine.device, "--seed", str(service.seed)]
+    words += ["--dummy-weights" if model.dummy else "--model", model.absolute_path]
+    words += ["--tensor-parallel", str(layout.ranks), "--quantization", service.quantization]
+    words += ["--max-num-seqs", str(share), "--max-queue", str(service.at_once)]
+    # The client's random prompts count upwards from random tokens: a shared prefix would be chance.
+    words += ["--no-enable-prefix-caching", "--stream-interval", str(STREAM_INTERVAL)]
+    if model.dummy:
+        words += ["--tokenizer", words_tokenizer(model), "--no-skip-tokenizer-init"]
+    if service.machine.device == "cpu":  # a device is a core
+        env = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": str(CPU_KV_CACHE_BYTES // GIB)}  # as planned
+        return [Command(tuple(words), env)] * layout.replicas
+    if share > GRAPHS_UP_TO:
+        words += ["--max-cudagraph-capture-size", str(share)]
+    groups = [service.devices[i * layout.ranks : (i + 1) * layout.ranks] for i in range(layout.replicas)]
+    return [Command(tuple(words), {"CUDA_VISIBLE_DEVICES": ",".join(group)}) for group in groups]
+
+
+# ---- measurement ----
+
+
+def measure_layout(
+    layout: Layout, service: Service, loads: Sequence[RequestLoad], objective: Objective
+) -> tuple[list[dict], dict]:
     """Start a layout, send the loads one after the other, stop it.
 
     Returns:
-        A row of LAYOUT_COLUMNS for each load, and how it started: seconds, and tokens of vLLM's KV caches.
+        A row per load (keys: those of `layout_columns` and of `run_load`), and how the layout started: seconds, and
+        tokens of vLLM's KV caches.
     """
     model, rows = service.model, []
     name, tokenizer = (model.name, model.path) if model else (STANDIN, models.bundled().path)
     if model and model.dummy:
         tokenizer = words_tokenizer(model)
+    commands = replica_commands(layout, service) if model else launch.standin_commands(layout.replicas)
+    print(f"{layout}: starting ...", file=sys.stderr, flush=True)
     began = time.perf_counter()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        running(serving(layout, service), Path(folder)) as (gateway, replicas),
-    ):
+    with tempfile.TemporaryDirectory() as folder, launch.running(commands, Path(folder)) as (gateway, replicas):
         start = {"start_s": time.perf_counter() - began}
         if model:
-            start["measured_cache_tokens"] = cache_tokens(replicas)
+            start["measured_cache_tokens"] = launch.cache_tokens(replicas)
         print(f"{layout}: ready after {start['start_s']:.0f} s", file=sys.stderr, flush=True)
-        target = Target(gateway.url, name, tokenizer)
-        run_load(target, replace(loads[0], tokens_out=8), seed=service.seed)  # warm up
+        endpoint = Endpoint(gateway.url, name, tokenizer)
+        run_load(endpoint, replace(loads[0], tokens_out=8), seed=service.seed)  # warm up
         for number, load in enumerate(tqdm(loads, desc=str(layout), leave=False, disable=None)):
             with UtilizationSampler(service.machine, layout.devices) as gpu:
-                row = run_load(target, load, objective, service.seed + 1 + number)
+                row = run_load(endpoint, load, objective, service.seed + 1 + number)
             row |= {"layout": str(layout), "at_once": load.requests, "utilization": busy(gpu.samples)}
             rows.append(row | {"tokens_per_s_device": row["tokens_per_s"] / layout.devices})
     return rows, start
 
 
 def busy(samples: Sequence[float]) -> float | None:
-    """Mean utilization while there was work: without the idle samples before and after it, when the client prepares."""
+    """Mean utilization while there was work: without the idle samples before and after, when the client prepares."""
     worked = [i for i, sample in enumerate(samples) if sample > 0]
     between = samples[worked[0] : worked[-1] + 1] if worked else []
     return sum(between) / len(between) if between else None
 
 
-# ---- measurement: which layout is best, and the claims ----
+def meets(row: dict, objective: Objective) -> bool:
+    """Whether a load was served as the objective asks, by P99 of TPOT."""
+    return row["tpot_p99_ms"] <= objective.tpot_ms and not row["errors"]
 
 
 def best_row(rows: Sequence[dict], objective: Objective) -> dict:
@@ -178,37 +231,78 @@ def best_row(rows: Sequence[dict], objective: Objective) -> dict:
     return max(good, key=lambda row: row["tokens_per_s"]) if good else min(rows, key=lambda row: row["tpot_p99_ms"])
 
 
-def meets(row: dict, objective: Objective) -> bool:
-    """Whether a load was served as the objective asks, by P99 of TPOT."""
-    return row["tpot_p99_ms"] <= objective.tpot_ms and not row["errors"]
-
-
 def marked(rows: list[dict], objective: Objective) -> list[dict]:
     """The rows of one layout, its best one marked."""
     best = best_row(rows, objective)
-    mark = "<- best" if meets(best, objective) else "<- misses the objective"
+    mark = "<- best" if meets(best, objective) else "<- misses SLO"
     return [row | {"best": mark if row is best else ""} for row in rows]
 
 
-def claims(best: dict, layout: Layout, model: Model | None, machine: Machine) -> list[Verdict]:
-    """S1 to S4 by the best row of all layouts; they are about eight GPUs and a 33B model."""
-    throughput = best["tokens_per_s"]
-    s1 = judge("S1", throughput >= targets.TOKENS_PER_S, f"{throughput:,.0f} tok/s as {layout}")
-    verdicts = [s1, *targets.judged(best)]
-    reason = "the replicas were stand-ins" if model is None else targets.why_not_judged(model, machine)
-    if not reason and layout.devices >= targets.GPUS:
-        return verdicts
-    reason = reason or f"the claim is about {targets.GPUS} GPUs, this was measured on {layout.devices}"
-    return [not_applicable(v.claim, v.reason or reason, v.measured) for v in verdicts]
+def price_of_a_million(tokens_per_s: float, price_per_hour: float) -> float:
+    """What a million output tokens cost on a host that is this busy all the time."""
+    return 1e6 * price_per_hour / (3600 * tokens_per_s)
 
 
-# ---- what is asked for ----
+def measure(
+    results: Report,
+    layouts: Sequence[Layout],
+    service: Service,
+    loads: Sequence[RequestLoad],
+    objective: Objective,
+    fp8: bool,
+    gpu_hour_price: float | None,
+) -> tuple[list[dict], dict[Layout, dict]]:
+    """One layout after the other. Returns all rows, and the best row of each layout.
+
+    Raises:
+        CannotRun: no layout could be measured.
+    """
+    rows, starts, bests = [], [], {}
+    for layout in layouts:
+        try:
+            measured, start = measure_layout(layout, service, loads, objective)
+        except CannotRun as error:  # what was measured before is not lost
+            if layout is layouts[-1] and not rows:
+                raise
+            print(f"left out: {layout}: {error}", file=sys.stderr)
+            continue
+        if gpu_hour_price:
+            for row in measured:
+                row["price"] = price_of_a_million(row["tokens_per_s"], gpu_hour_price * layout.devices)
+        rows += marked(measured, objective)
+        bests[layout] = best_row(measured, objective)
+        if service.model and (plan := plan_memory(service.model.config, layout, service.machine, fp8)):
+            found = start["measured_cache_tokens"]
+            start |= {"cache_tokens": plan.tokens, "error_percent": 100 * (plan.tokens / found - 1) if found else None}
+        starts.append({"layout": str(layout)} | start)
+
+    what = results.settings["model"]
+    if service.model:
+        results.table("starts", f"KV cache of {what}, as planned and as vLLM found it", starts, START_COLUMNS)
+    title = f"{what}, {loads[0].tokens_in} tokens in and {loads[0].tokens_out} out, all requests of a load at once"
+    results.table("layouts", title, rows, layout_columns(rows, service.machine))
+    print(f"  objective: TTFT {objective.ttft_ms:,.0f} ms, TPOT {objective.tpot_ms:,.0f} ms")
+    return rows, bests
 
 
-def chosen(args: argparse.Namespace, machine: Machine, shape: str) -> tuple[Model, bool]:
-    """The model that was asked for, else random weights of a shape; and whether it runs in FP8."""
-    model = models.chosen(args, machine) if args.model or args.dummy_weights else models.dummy(shape)
-    return model, "quantization_config" not in model.config and use_fp8(machine, args.quantization)
+def plan_all(args: argparse.Namespace, model: Model, fp8: bool) -> tuple[list[dict], dict[Layout, list[Command]]]:
+    """Memory and processes of all layouts, computed. Keys of the rows: those of `plan_row`."""
+    longest, rows, commands = min(MAX_MODEL_LEN, model.max_context), [], {}
+    for machine in args.machine:
+        at_once = max(load.requests for load in loads_for(args, machine))
+        service = Service(model, machine, [str(i) for i in range(machine.count)], at_once, args.quantization, args.seed)
+        for layout in args.layouts or possible_layouts(model.config, machine.count):
+            plan = plan_memory(model.config, layout, machine, fp8)
+            if plan is None:
+                raise CannotRun(f"how much memory {model.name} needs is known here only for plain Llama-like models")
+            why = problem(model.config, layout, machine, fp8, longest)
+            rows.append(plan_row(machine, layout, plan, WORKING_BYTES, why))
+            if not why:
+                commands[layout] = replica_commands(layout, service)
+    return rows, commands
+
+
+# ---- main ----
 
 
 def choose(args: argparse.Namespace, model: Model | None, fp8: bool, host: Machine) -> list[Layout]:
@@ -235,77 +329,48 @@ def choose(args: argparse.Namespace, model: Model | None, fp8: bool, host: Machi
     return [layout for layout, why in problems.items() if not why]
 
 
-def loads_for(args: argparse.Namespace, machine: Machine) -> list[Load]:
-    """The loads that were asked for, else the same for each of the machine's devices."""
-    sizes = sizes_for(machine, args.quick)
-    numbers = args.requests or [number * machine.count for number in sizes.at_once]
-    return [Load(number, sizes.tokens_in, sizes.tokens_out) for number in numbers]
-
-
-def machine_type(text: str) -> Machine:
-    """argparse type: NxG, a host with N GPUs of G GiB, for the dry run."""
-    count, memory = map(int, text.split("x"))
-    if min(count, memory) < 1:
-        raise ValueError(text)
-    name = f"{count} x {memory} GB"
-    return Machine("cuda", name, count, memory * 2**30, 0, None, native_bf16=True, native_fp8=True)
-
-
-# ---- the dry run ----
-
-
-def dry_run(args: argparse.Namespace) -> int:
-    """Print what each layout would start and has room for."""
-    here = detect(args.device)
-    model, fp8 = chosen(args, args.machine[0], CHAPTER_SHAPE)
-    longest, rows, commands = min(MAX_MODEL_LEN, model.max_context), [], {}
-    for machine in args.machine:
-        loads = loads_for(args, machine)
-        devices = [str(number) for number in range(machine.count)]
-        service = Service(model, machine, devices, max(load.requests for load in loads), args.quantization, args.seed)
-        for layout in args.layouts or possible_layouts(model.config, machine.count):
-            room = room_for(model.config, layout, machine, fp8)
-            if room is None:
-                raise CannotRun(f"how much memory {model.name} needs is known here only for plain Llama-like models")
-            why = problem(model.config, layout, machine, fp8, longest)
-            row = {"machine": machine.name, "layout": str(layout), "processes": layout.processes, "problem": why}
-            row |= {"memory_gib": gib(machine.memory_bytes), "working_gib": gib(WORKING_BYTES)}
-            row |= {"weights_gib": gib(room.weights), "cache_gib": gib(room.cache), "cache_tokens": room.tokens}
-            rows.append(row | {"sequences": room.tokens // SEQUENCE_TOKENS})
-            if not why:
-                commands[layout] = replica_commands(layout, service)
-
+def dry_run(args: argparse.Namespace) -> None:
+    """Print the memory of each layout, and its processes."""
+    model, fp8 = model_for(args, args.machine[0])
+    rows, commands = plan_all(args, model, fp8)
     settings = {"model": model.name, "quantization": args.quantization, "dry_run": True}
-    report = Report("serving_layouts.py", here, settings)
+    results = Report("serving_layouts.py", detect(args.device), settings, wide=args.wide)
     precision = "FP8 weights and KV cache" if fp8 else "BF16"
-    report.table("plan", f"Plan for {model.name}, {precision} (computed, nothing is started)", rows, PLAN_COLUMNS)
-    refused = [row for row in rows if row["problem"]]
+    results.table("plan", f"Plan for {model.name}, {precision} (computed, nothing is started)", rows, PLAN_COLUMNS)
+    refused = [f"{row['layout']} does not fit on {row['machine']}: {row['problem']}" for row in rows if row["problem"]]
     if refused and (args.layouts or len(refused) == len(rows)):
-        raise CannotRun(f"{refused[0]['layout']} does not fit on {refused[0]['machine']}: {refused[0]['problem']}")
+        raise CannotRun(refused[0])
+    print("".join(f"{line}\n" for line in refused), end="")
     for layout, replicas in commands.items():
         print(f"\n{layout} (a run takes free ports)")
-        for number, command in enumerate(replicas):
-            print(f"  {shell(command, FIRST_PORT + number)}")
-        addresses = [f"127.0.0.1:{FIRST_PORT + number}" for number in range(layout.replicas)]
-        print(f"  {shell(gateway_command(addresses), GATEWAY_PORT)}")
-    report.claims([not_applicable(claim, "a dry run measures nothing") for claim in ("S1", "S2", "S3", "S4")])
-    report.save(args.json)
+        print("\n".join(f"  {line}" for line in shell(replicas)))
+    results.claims([not_applicable(claim, "a dry run measures nothing") for claim in ("S1", "S2", "S3", "S4")])
+    results.save(args.json)
     if args.plot:
-        plot_plan(args.plot, rows)
-    return 0
+        plot_plan(args.plot, rows, model.name, args.machine)
 
 
-def shell(command: Command, port: int) -> str:
-    """A process as it would be typed in the repository's folder."""
-    words = [word.replace(f"{models.ROOT}/", "") for word in command.words]
-    return " ".join([*(f"{key}={value}" for key, value in command.env.items()), "python3", *words, "--port", str(port)])
+def report(
+    results: Report,
+    rows: list[dict],
+    bests: dict[Layout, dict],
+    service: Service,
+    objective: Objective,
+    args: argparse.Namespace,
+) -> None:
+    """Print the claims by the best layout; write JSON and picture."""
+    good = [layout for layout in bests if meets(bests[layout], objective)]
+    winner = max(good or bests, key=lambda layout: bests[layout]["tokens_per_s"])
+    best, machine = bests[winner], service.machine
+    results.claims(claims(best, str(winner), winner.devices, service.model, machine))
+    results.save(args.json)
+    if args.plot:
+        simulated = service.model is None
+        plot_layouts(args.plot, rows, best, objective.tpot_ms, results.settings["model"], machine, simulated)
 
 
-# ---- the comparison ----
-
-
-def compare(args: argparse.Namespace) -> int:
-    """Measure all layouts, print the table and the claims."""
+def compare(args: argparse.Namespace) -> None:
+    """Measure all layouts."""
     machine = detect(args.device)
     quiet()
     host = machine if machine.device == "cuda" else replace(machine, count=CPU_RANKS)
@@ -313,90 +378,27 @@ def compare(args: argparse.Namespace) -> int:
     if args.quick:
         model, fp8, what = None, False, "stand-ins (simulated)"
     else:
-        model, fp8 = chosen(args, machine, CHAPTER_SHAPE if machine.device == "cuda" else CPU_SHAPE)
+        model, fp8 = model_for(args, machine)
         what = model.name + (" (random weights)" if model.dummy else "")
     layouts = choose(args, model, fp8, host)
-
     at_once = max(load.requests for load in loads)
     service = Service(model, machine, device_names(machine), at_once, args.quantization, args.seed)
     settings = {"model": what, "tokens_in": loads[0].tokens_in, "tokens_out": loads[0].tokens_out, "seed": args.seed}
     settings |= {"quantization": args.quantization, **vars(objective)}
-    report = Report("serving_layouts.py", machine, settings)
-    report.print_card()
-    rows, starts, bests = [], [], {}
-    for layout in layouts:
-        try:
-            measured, start = measure_layout(layout, service, loads, objective)
-        except CannotRun as error:  # what was measured before is not lost
-            if layout is layouts[-1] and not rows:
-                raise
-            print(f"left out: {layout}: {error}", file=sys.stderr)
-            continue
-        if args.gpu_hour_price:
-            for row in measured:
-                row["price"] = price_of_a_million(row["tokens_per_s"], args.gpu_hour_price * layout.devices)
-        rows += marked(measured, objective)
-        bests[layout] = best_row(measured, objective)
-        if model and (room := room_for(model.config, layout, machine, fp8)):
-            found = start["measured_cache_tokens"]
-            start |= {"cache_tokens": room.tokens, "error_percent": 100 * (room.tokens / found - 1) if found else None}
-        starts.append({"layout": str(layout)} | start)
-
-    if model:
-        report.table("starts", f"KV cache of {what}, as planned and as vLLM found room", starts, START_COLUMNS)
-    title = f"{what}, {loads[0].tokens_in} tokens in and {loads[0].tokens_out} out, all requests of a load at once"
-    report.table("layouts", title, rows, [c for c in LAYOUT_COLUMNS if any(row.get(c.key) is not None for row in rows)])
-    print(f"  objective: TTFT {objective.ttft_ms:,.0f} ms, TPOT {objective.tpot_ms:,.0f} ms")
-    good = [layout for layout in bests if meets(bests[layout], objective)]
-    winner = max(good or bests, key=lambda layout: bests[layout]["tokens_per_s"])
-    report.claims(claims(bests[winner], winner, model, machine))
-    report.save(args.json)
-    if args.plot:
-        plot_layouts(args.plot, rows, objective.tpot_ms)
-    return 0
-
-
-def price_of_a_million(tokens_per_s: float, price_per_hour: float) -> float:
-    """What a million output tokens cost on a host that is this busy all the time."""
-    return 1e6 * price_per_hour / (3600 * tokens_per_s)
+    results = Report("serving_layouts.py", machine, settings, wide=args.wide)
+    results.print_card()
+    rows, bests = measure(results, layouts, service, loads, objective, fp8, args.gpu_hour_price)
+    report(results, rows, bests, service, objective, args)
 
 
 def main() -> int:
-    """Parse the flags; compare layouts, or say what they would be."""
-    parser = cli.standard_parser(
-        __doc__, model_help=f"default: random weights, of {CHAPTER_SHAPE} on GPUs, of {CPU_SHAPE} on a CPU"
-    )
-    parser.set_defaults(model=None)
-    models.dummy_weights_flag(parser)
-    parser.add_argument(
-        "--quantization", choices=("auto", "fp8", "none"), default="auto", help="auto: FP8 where the GPU computes it"
-    )
-    parser.add_argument(
-        "--layouts",
-        type=parse_layout,
-        nargs="+",
-        metavar="RxT",
-        help="R replicas over T devices each, as in 8x1 2x4 1x8; default: all that use every device",
-    )
-    parser.add_argument(
-        "--requests", type=cli.positive_int, nargs="+", metavar="N", help="only these loads: N requests at once"
-    )
-    parser.add_argument("--slo-ttft-ms", type=cli.positive_float, default=10_000.0, metavar="MS", help="objective")
-    parser.add_argument("--slo-tpot-ms", type=cli.positive_float, default=50.0, metavar="MS", help="objective")
-    parser.add_argument("--gpu-hour-price", type=cli.positive_float, metavar="P", help="of one GPU, in any currency")
-    parser.add_argument("--dry-run", action="store_true", help="print processes and memory, start nothing")
-    parser.add_argument(
-        "--machine",
-        type=machine_type,
-        nargs="+",
-        metavar="NxG",
-        help="of the dry run: N GPUs of G GB; default: 8x80 and 8x141 (H100, H200)",
-    )
-    args = parser.parse_args()
-    if args.machine and not args.dry_run:
-        parser.error("--machine belongs to --dry-run; a run takes the machine that it is on")
-    args.machine = args.machine or [machine_type("8x80"), machine_type("8x141")]
-    return dry_run(args) if args.dry_run else compare(args)
+    """Compare layouts, or print what they would be."""
+    args = parse(__doc__, parse_layout)
+    if args.dry_run:
+        dry_run(args)
+    else:
+        compare(args)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""vLLM's benchmark client (`vllm bench serve`) as a function: the load and every figure are its own.
+"""vLLM's benchmark client (`vllm bench serve`) as a function: the load and every figure come from it.
 
-Only two things are added: how late this process was (a client that is too busy measures itself), and one row of figures
-for a table.
+Two things are added: the lag of this process's event loop (a client that is too busy measures itself), and one row of
+figures for a table.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import CannotRun
@@ -27,8 +27,8 @@ HEARTBEAT_S = 0.01
 
 
 @dataclass(frozen=True)
-class Target:
-    """A server: its URL, the model it calls by this name, and the tokenizer that makes prompts for it."""
+class Endpoint:
+    """A server: its URL, the name it serves the model under, and a tokenizer that makes prompts for the model."""
 
     url: str
     model: str
@@ -37,19 +37,19 @@ class Target:
 
 @dataclass(frozen=True)
 class Objective:
-    """A service level objective: a request is good if neither is exceeded."""
+    """A service level objective: a request is good if it exceeds neither limit."""
 
     ttft_ms: float
     tpot_ms: float
 
 
 @dataclass(frozen=True)
-class Load:
-    """What is sent.
+class RequestLoad:
+    """What the client sends.
 
-    rate: requests/s of an open loop; math.inf sends all at once. at_once: users of a closed loop, who wait for their
-    answer. burstiness: 1 is Poisson; less is burstier (arrivals a gamma process of that shape). tokens_in: of a prompt,
-    the first `tokens_shared` of which are the same in all. trace: replayed instead.
+    rate: requests/s of an open loop; math.inf sends all at once. at_once: users of a closed loop, each of whom waits
+    for the answer. burstiness: 1 is Poisson; less is burstier (arrivals are a gamma process of that shape). tokens_in:
+    per prompt; the first `tokens_shared` are the same in all. trace: replayed instead, in blocks of `block_tokens`.
     """
 
     requests: int
@@ -62,59 +62,57 @@ class Load:
     trace: Sequence[Arrival] = ()
     block_tokens: int = 16
 
-    def with_(self, **changes: object) -> "Load":
-        """The same with changes."""
-        return replace(self, **changes)
 
-
-def flags_for(target: Target, load: Load, objective: Objective | None, seed: int, trace_file: Path) -> list[str]:
+def flags_for(
+    endpoint: Endpoint, load: RequestLoad, objective: Objective | None, seed: int, trace_file: Path
+) -> list[str]:
     """The command line of `vllm bench serve` for a load."""
-    flags = [
-        *("--backend", "vllm", "--base-url", target.url, "--model", target.model, "--tokenizer", target.tokenizer),
-        *("--num-prompts", str(load.requests), "--seed", str(seed), "--ignore-eos", "--disable-tqdm"),
-        "--save-detailed",  # in the result, not in a file
-        *("--percentile-metrics", ",".join(FIGURES), "--metric-percentiles", ",".join(map(str, QUANTILES))),
-    ]
+    flags: dict[str, object] = {
+        "backend": "vllm",
+        "base-url": endpoint.url,
+        "model": endpoint.model,
+        "tokenizer": endpoint.tokenizer,
+        "num-prompts": load.requests,
+        "seed": seed,
+        "percentile-metrics": ",".join(FIGURES),
+        "metric-percentiles": ",".join(map(str, QUANTILES)),
+    }
     if load.trace:
         write_timed_trace(load.trace, trace_file, load.block_tokens)
-        flags += ["--dataset-name", "timed_trace", "--dataset-path", str(trace_file)]
-        flags += ["--timed-trace-chunk-hash-size", str(load.block_tokens)]
+        flags |= {"dataset-name": "timed_trace", "dataset-path": trace_file}
+        flags |= {"timed-trace-chunk-hash-size": load.block_tokens}
     else:
-        own = load.tokens_in - load.tokens_shared
-        flags += [
-            "--dataset-name",
-            "random",
-            "--random-input-len",
-            str(own),
-            "--random-output-len",
-            str(load.tokens_out),
-        ]
-        flags += ["--random-prefix-len", str(load.tokens_shared)]
-        flags += ["--request-rate", str(load.rate), "--burstiness", str(load.burstiness)]
+        flags |= {"dataset-name": "random", "random-input-len": load.tokens_in - load.tokens_shared}
+        flags |= {"random-output-len": load.tokens_out, "random-prefix-len": load.tokens_shared}
+        flags |= {"request-rate": load.rate, "burstiness": load.burstiness}
     if load.at_once:
-        flags += ["--max-concurrency", str(load.at_once)]
+        flags["max-concurrency"] = load.at_once
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    words += ["--ignore-eos", "--disable-tqdm", "--save-detailed"]  # detailed in the result, not in a file
     if objective:
-        flags += ["--goodput", f"ttft:{objective.ttft_ms}", f"tpot:{objective.tpot_ms}"]
-    return flags
+        words += ["--goodput", f"ttft:{objective.ttft_ms}", f"tpot:{objective.tpot_ms}"]
+    return words
 
 
-def run_load(target: Target, load: Load, objective: Objective | None = None, seed: int = 0) -> dict[str, float]:
+def run_load(
+    endpoint: Endpoint, load: RequestLoad, objective: Objective | None = None, seed: int = 0
+) -> dict[str, float]:
     """Send a load, wait for all answers, and return one row of figures.
 
-    Keys: `offered` and `answered` (requests/s), `tokens_per_s`, `steady_tokens_per_s` (of the middle half of the
-    tokens: without the beginning and the end, when the server is not full), `goodput` (good requests/s, if there is an
-    objective), `good_percent` of those sent, `errors`, `seconds`, `late_ms` (P99 of how late this process's event loop
-    was), and `ttft_p50_ms` ... `e2el_p99_ms`.
+    Keys: `offered` and `answered` (requests/s), `tokens_per_s`, `steady_tokens_per_s` (over the middle half of the
+    tokens: without the beginning and the end, when the server is not full), `errors`, `seconds`, `late_ms` (P99 of the
+    lag of this process's event loop), and `ttft_p50_ms` ... `e2el_p99_ms`. With an objective also `goodput` (good
+    requests/s) and `good_percent` (of those sent).
 
     Raises:
-        CannotRun: not one request was answered.
+        CannotRun: no request was answered.
     """
     with tempfile.TemporaryDirectory() as folder:
-        flags = flags_for(target, load, objective, seed, Path(folder) / "trace.jsonl")
+        flags = flags_for(endpoint, load, objective, seed, Path(folder) / "trace.jsonl")
         result, late_ms = asyncio.run(_run(flags))
     if not result["completed"]:
         error = next((error for error in result.get("errors", []) if error), "no answer")
-        raise CannotRun(f"no request was answered by {target.url}: {str(error).strip().splitlines()[-1]}")
+        raise CannotRun(f"no request was answered by {endpoint.url}: {str(error).strip().splitlines()[-1]}")
     row = {
         "offered": _offered(load, result["start_times"]),
         "answered": result["request_throughput"],
@@ -132,7 +130,7 @@ def run_load(target: Target, load: Load, objective: Objective | None = None, see
     return row
 
 
-def _offered(load: Load, sent: Sequence[float]) -> float | None:
+def _offered(load: RequestLoad, sent: Sequence[float]) -> float | None:
     """Requests/s as they were sent, in an open loop."""
     span = max(sent) - min(sent)
     open_loop = not load.at_once and (load.trace or math.isfinite(load.rate))
@@ -142,8 +140,8 @@ def _offered(load: Load, sent: Sequence[float]) -> float | None:
 def _steady(result: Mapping) -> float:
     """Tokens/s between the first and the third quarter of the tokens.
 
-    The result has the time of each event, which may hold several tokens: those of a request are spread evenly over its
-    events. A request that failed has no tokens.
+    The result has the time of each event, and an event may hold several tokens: the tokens of a request are spread
+    evenly over its events. A request that failed has no tokens.
     """
     times = []
     columns = (result[key] for key in ("start_times", "ttfts", "itls", "output_lens"))
@@ -157,7 +155,7 @@ def _steady(result: Mapping) -> float:
 
 
 async def _run(flags: Sequence[str]) -> tuple[Mapping, float]:
-    """vLLM's client beside a clock that notices when it is late."""
+    """vLLM's result, and the P99 of how late a heartbeat in the same event loop was, in ms."""
     from vllm.benchmarks.serve import add_cli_args, main_async
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

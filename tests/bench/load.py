@@ -23,7 +23,7 @@ import tempfile
 from common import cli, models
 from common.engine import prepare_environment, quiet
 from common.gpu import detect
-from common.loadclient import Load, Objective, Target, flags_for, run_load
+from common.loadclient import Endpoint, Objective, RequestLoad, flags_for, run_load
 from common.results import Column, Report
 from tests.servers import Server
 
@@ -70,12 +70,12 @@ def main() -> int:
     quiet()
     prepare_environment(machine)
     model = models.bundled()
-    load, objective = Load(args.requests, 64, 16, rate=args.rate), Objective(500, 50)
+    load, objective = RequestLoad(args.requests, 64, 16, rate=args.rate), Objective(500, 50)
     report = Report("tests/bench/load.py", machine, {"model": model.name} | vars(args))
     report.print_card()
     ours, theirs = [], []
     with tempfile.TemporaryDirectory() as name, Server(Path(name)) as server:
-        target, file = Target(server.url, model.name, model.path), Path(name) / "result.json"
+        target, file = Endpoint(server.url, model.name, model.path), Path(name) / "result.json"
         run_load(target, load)  # warm up
         for number in range(args.rounds):
             for who in ("ours", "vllm") if number % 2 else ("vllm", "ours"):

@@ -139,7 +139,7 @@ def test_help_shows_every_flag_and_its_default():
 
 @pytest.mark.slow
 def test_the_json_holds_what_was_printed(quick_run):
-    """Two ranks of the engine: see tests/ch16/parts/serving_layouts/test_launch.py."""
+    """Two ranks of the engine: see tests/ch16/test_serving_layouts.py."""
     done = quick_run("python3", "ch16/inference_serving.py", "--quick")
     assert done.status == 0, done.err[-3000:]
     rows = done.json["tables"]["load"]["rows"]

@@ -3,17 +3,58 @@ import json
 import math
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ch16 import load_test
-from common.gpu import detect
-from common.loadclient import Load, Objective, Target
+from ch16.load_test import GOOD_PERCENT, find_knee
+from common.loadclient import Endpoint, Objective, RequestLoad
 from common.traces import Arrival
 from tests.upstream import Upstream, reply, says
 
 SCRIPT = load_test.__file__
+
+
+# ---- the search for the knee ----
+
+
+def server_with(capacity, tried=None):
+    def run_at(rate):
+        if tried is not None:
+            tried.append(rate)
+        return {"rate": rate, "good_percent": 100.0 if rate <= capacity else GOOD_PERCENT - 1}
+
+    return run_at
+
+
+@given(st.floats(0.5, 12), st.integers(0, 6))
+def test_lies_between_the_last_good_and_the_first_bad(capacity, refine):
+    knee, rows = find_knee(server_with(capacity), [1, 2, 4, 8], refine)
+    assert knee <= capacity
+    assert [row["rate"] for row in rows] == sorted(row["rate"] for row in rows)
+    good = [row["rate"] for row in rows if row["rate"] <= capacity]
+    assert knee == max(good, default=0.0)
+    if capacity < 8 and refine:
+        bad = min(row["rate"] for row in rows if row["rate"] > capacity)
+        widest = max(1, 4 if capacity >= 4 else 2 if capacity >= 2 else 1)
+        assert bad - knee == pytest.approx(widest / 2**refine)
+
+
+def test_two_bad_rates_are_enough():
+    tried = []
+    find_knee(server_with(1.5, tried), [1, 2, 4, 8], 0)
+    assert tried == [1, 2, 4]
+
+
+def test_a_good_rate_above_a_bad_one_is_luck():
+    good = {1: 100, 2: 80, 3: 100}
+    knee, rows = find_knee(lambda rate: {"good_percent": good[rate]}, [1, 2, 3], 0)
+    assert knee == 1 and len(rows) == 3
+
+
+# ---- the loads ----
 
 
 def row(**figures):
@@ -24,7 +65,7 @@ class Recorder:
     """A tester that only remembers what it was asked for."""
 
     def __init__(self, steady, keeps=math.inf):
-        self.base, self.objective, self.asked = Load(10, 40, 20), Objective(1, 1), []
+        self.base, self.objective, self.asked = RequestLoad(10, 40, 20), Objective(1, 1), []
         self._steady, self._keeps = steady, keeps
 
     def run(self, name, **changes):
@@ -40,48 +81,24 @@ TRACE = [Arrival(0.0, 30, 10), Arrival(2.0, 50, 30)]  # 20 tokens out in the mea
 
 def test_the_capacity_is_compared_in_requests_of_the_same_lengths():
     tester = Recorder(steady=120.0, keeps=1e5)
-    _, capacity, kept = load_test.replay(tester, TRACE, 16, 4.0, row(), 3)
-    tokens, requests, knee = capacity
+    _, (tokens, requests, knee) = load_test.replay(tester, TRACE, 16, 4.0, row(), 3)
     assert (tokens["synthetic"], tokens["trace"]) == (100, 120)
     assert (requests["synthetic"], requests["trace"]) == (5, 6)
     assert requests["error_percent"] == pytest.approx(-100 / 6)
-    assert (knee["synthetic"], knee["trace"], knee["error_percent"], kept) == (4, 4, 0, 4)
+    assert (knee["synthetic"], knee["trace"], knee["error_percent"]) == (4, 4, 0)
     flood, calm = (changes["trace"] for _, changes in tester.asked)
     assert calm[-1].at_s == pytest.approx(1 / 4.0) and flood[-1].at_s < 1e-5
 
 
 def test_the_knee_of_the_trace_is_sought_below_that_of_the_synthetic_requests():
     tester = Recorder(steady=120.0, keeps=2.6)
-    rows, capacity, kept = load_test.replay(tester, TRACE, 16, 4.0, row(), 3)
-    assert [row["rate"] for row in rows[1:]] == [2, 2.5, 3, 4] and kept == 2.5
+    rows, capacity = load_test.replay(tester, TRACE, 16, 4.0, row(), 3)
+    assert [row["rate"] for row in rows[1:]] == [2, 2.5, 3, 4] and capacity[2]["trace"] == 2.5
     assert capacity[2]["error_percent"] == pytest.approx(60)
-    rows, capacity, kept = load_test.replay(Recorder(120.0, keeps=0.4), TRACE, 16, 4.0, row(), 3)
-    assert rows[1]["rate"] == 0.5 and kept == 0 and capacity[2]["error_percent"] is None
-    rows, _, kept = load_test.replay(Recorder(120.0), TRACE, 16, 0.0, row(), 3)
-    assert len(rows) == 1 and kept == 0  # no knee: nothing to compare
-
-
-@pytest.mark.parametrize("machine", ["cpu", "cuda", "quick"])
-def test_the_knee_of_the_trace_is_finer_than_the_claim_asks(machine):
-    sizes = load_test.sizes_for(SimpleNamespace(device=machine), machine == "quick")
-    assert 100 / 2**sizes.trace_refine < load_test.W1_PERCENT
-
-
-@pytest.mark.parametrize(
-    ("error", "knee", "kept", "verdict"),
-    [
-        (14.0, 4, 4, "holds"),
-        (14.0, 4, 3.5, "holds"),
-        (14.0, 4, 3.4, "fails"),
-        (-16.0, 4, 4, "fails"),
-        (1.0, 4, 0, "fails"),
-        (1.0, 0, 0, "fails"),
-    ],
-)
-def test_the_claim_asks_for_both(error, knee, kept, verdict):
-    capacity = [{}, {"synthetic": 5.0, "trace": 5.0, "error_percent": error}]
-    judged = load_test.claim(capacity, knee, kept)
-    assert judged.verdict == verdict and f"{error:+.1f}%" in judged.measured
+    rows, capacity = load_test.replay(Recorder(120.0, keeps=0.4), TRACE, 16, 4.0, row(), 3)
+    assert rows[1]["rate"] == 0.5 and capacity[2]["trace"] == 0 and capacity[2]["error_percent"] is None
+    rows, capacity = load_test.replay(Recorder(120.0), TRACE, 16, 0.0, row(), 3)
+    assert len(rows) == 1 and capacity[2]["trace"] == 0  # no knee: nothing to compare
 
 
 def test_users_of_the_closed_loop_follow_from_littles_law():
@@ -100,10 +117,10 @@ def run(monkeypatch, tmp_path):
     """Runs the script with an invented server, which keeps the objective up to 4 requests/s. Returns its JSON."""
 
     @contextlib.contextmanager
-    def server(args, machine):
-        yield Target("http://a:1", "m", "t")
+    def serving(args, machine):
+        yield Endpoint("http://a:1", "m", "t")
 
-    def run_load(target, load, objective, seed):
+    def run_load(endpoint, load, objective, seed):
         loads.append(load)
         figures = {f"{figure}_p{q}_ms": 100.0 for figure in ("ttft", "tpot", "itl", "e2el") for q in (50, 90, 99)}
         numbers = dict.fromkeys(("answered", "goodput", "tokens_per_s", "errors", "late_ms"), 1.0)
@@ -117,7 +134,7 @@ def run(monkeypatch, tmp_path):
         return json.loads(file.read_text())
 
     loads = call.loads = []
-    monkeypatch.setattr(load_test, "server", server)
+    monkeypatch.setattr(load_test, "serving", serving)
     monkeypatch.setattr(load_test, "run_load", run_load)
     return call
 
@@ -146,32 +163,6 @@ def test_a_picture_needs_rates(run, tmp_path, capsys):
     assert stopped.value.code == 2 and "name --rates, too" in capsys.readouterr().err and not run.loads
     run("--users", "3", "--rates", "2", "3", "--plot", str(file))
     assert file.stat().st_size > 1000
-
-
-def test_the_server_finds_the_model_from_another_folder(monkeypatch, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "config.json").write_text("{}")
-    monkeypatch.chdir(tmp_path)
-    commands = []
-
-    class Process:
-        def __init__(self, command, folder):
-            commands.append(command)
-            self.url = "http://a:1"
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exc):
-            pass
-
-    monkeypatch.setattr(load_test, "ServerProcess", Process)
-    monkeypatch.setattr(load_test, "target_at", lambda url, args: Target(url, "mine", "t"))
-    with load_test.server(SimpleNamespace(url=None, quick=False, model="./mine"), detect("cpu")) as target:
-        assert target.url == "http://a:1"
-    (command,) = commands
-    assert command[command.index("--model") + 1] == str(tmp_path.resolve() / "mine")
-    assert command[command.index("--device") + 1] == "cpu"
 
 
 @pytest.mark.parametrize(

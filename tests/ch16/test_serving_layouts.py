@@ -2,20 +2,44 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
+import psutil
 import pytest
+import requests
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ch16 import serving_layouts
-from ch16.parts.serving_layouts.plan import Layout
-from ch16.serving_layouts import best_row, busy, choose, claims, machine_type, marked, price_of_a_million
+from ch16.parts.serving_layouts.flags import machine_type
+from ch16.parts.serving_layouts.launch import Service, cache_tokens, running
+from ch16.serving_layouts import (
+    Layout,
+    best_row,
+    busy,
+    choose,
+    marked,
+    parse_layout,
+    plan_memory,
+    possible_layouts,
+    price_of_a_million,
+    problem,
+    replica_commands,
+)
+from common import models
 from common.cli import CannotRun
-from common.gpu import detect
+from common.gpu import Machine, detect
 from common.loadclient import Objective
 from common.models import SHAPES, Model
+from common.server import ServerProcess
 
+ROOT = Path(__file__).resolve().parents[2]
 OBJECTIVE = Objective(ttft_ms=10_000, tpot_ms=50)
-LARGE = Model("p", "deepseek-coder-33b", SHAPES["deepseek-coder-33b"], dummy=True)
-H100S = machine_type("8x80")
+CONFIG, TINY = SHAPES["deepseek-coder-33b"], SHAPES["tiny-llama"]
+LARGE = Model("p", "deepseek-coder-33b", CONFIG, dummy=True)
+H100 = Machine("cuda", "H100", 8, 81559 * 2**20, 128, (9, 0), native_bf16=True, native_fp8=True)
+MULTICAST_OFF = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+MODEL = Model("owner/model", "model", CONFIG)
 
 
 def row(tokens_per_s, p99, errors=0, **figures):
@@ -29,7 +53,7 @@ def test_the_best_row_keeps_the_objective():
     rows = [row(100, 20), row(200, 50), row(300, 51), row(400, 30, errors=1)]
     assert best_row(rows, OBJECTIVE) is rows[1]
     assert [r["best"] for r in marked(rows, OBJECTIVE)] == ["", "<- best", "", ""]
-    assert [r["best"] for r in marked(rows[2:], OBJECTIVE)] == ["", "<- misses the objective"]
+    assert [r["best"] for r in marked(rows[2:], OBJECTIVE)] == ["", "<- misses SLO"]
 
 
 def test_the_price():
@@ -39,33 +63,6 @@ def test_the_price():
 def test_idle_samples_around_the_work_do_not_count():
     assert busy([0, 0, 80, 0, 100, 0]) == 60
     assert busy([0, 0]) is busy([]) is None
-
-
-@pytest.mark.parametrize(
-    ("change", "gpus", "model", "verdicts", "reason"),
-    [
-        ({}, 8, LARGE, ["holds", "holds", "holds", "holds"], ""),
-        ({"tokens_per_s": 14_999.0}, 8, LARGE, ["fails", "holds", "holds", "holds"], ""),
-        ({"tpot_p50_ms": 50.0, "tpot_p99_ms": 100.0}, 8, LARGE, ["holds", "fails", "fails", "holds"], ""),
-        ({"utilization": 99.0}, 8, LARGE, ["holds", "holds", "holds", "fails"], ""),
-        ({"utilization": 0.0}, 8, LARGE, ["holds", "holds", "holds", "fails"], ""),
-        ({"utilization": None}, 8, LARGE, ["holds", "holds", "holds", "n/a"], "no GPU was sampled"),
-        ({}, 4, LARGE, ["n/a"] * 4, "about 8 GPUs, this was measured on 4"),
-        ({}, 8, Model("p", "small", SHAPES["llama-3-8b"]), ["n/a"] * 4, "33B model; this is small"),
-        ({}, 8, Model("p", "moe", SHAPES["qwen3-30b-a3b"]), ["n/a"] * 4, "of which a token uses 3B parameters"),
-        ({}, 8, None, ["n/a"] * 4, "stand-ins"),
-    ],
-)
-def test_claims(change, gpus, model, verdicts, reason):
-    best = row(31_000.0, 48.0, utilization=90.0) | change
-    found = claims(best, Layout(gpus, 1), model, H100S)
-    assert [v.claim for v in found] == ["S1", "S2", "S3", "S4"] and [v.verdict for v in found] == verdicts
-    assert all(reason in v.reason for v in found if v.verdict == "n/a")
-
-
-def test_claims_on_a_cpu():
-    found = claims(row(9.0, 9.0, utilization=None), Layout(1, 2), LARGE, replace(H100S, device="cpu"))
-    assert {v.verdict for v in found} == {"n/a"} and "this is a CPU" in found[0].reason
 
 
 def test_layouts_that_cannot_run(capsys):
@@ -79,6 +76,146 @@ def test_layouts_that_cannot_run(capsys):
         choose(args, LARGE, False, host)
     assert list(map(str, choose(args, None, False, host))) == ["8 x TP=1"]  # stand-ins, of which there is no other
     assert "left out: 1 x TP=8: a stand-in has no ranks" in capsys.readouterr().out
+
+
+# ---- what fits ----
+
+
+def test_layouts_of_the_chapters_model():
+    assert list(map(str, possible_layouts(CONFIG, 8))) == ["8 x TP=1", "4 x TP=2", "2 x TP=4", "1 x TP=8"]
+    assert list(map(str, possible_layouts(TINY, 2))) == ["2 x TP=1", "1 x TP=2"]
+    assert parse_layout("2x4") == Layout(replicas=2, ranks=4)
+
+
+@given(st.integers(1, 12), st.integers(1, 4), st.integers(1, 48), st.integers(1, 16))
+def test_against_every_pair_of_numbers(kv_heads, group, mlp, devices):
+    heads = kv_heads * group
+    config = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": mlp}
+    twin = {
+        Layout(replicas, ranks)
+        for replicas in range(1, devices + 1)
+        for ranks in range(1, devices + 1)
+        if replicas * ranks == devices and heads % ranks == mlp % ranks == 0
+        if kv_heads % ranks == 0 or ranks % kv_heads == 0
+    }
+    found = possible_layouts(config, devices)
+    assert set(found) == twin and len(found) == len(twin) and found[0] == Layout(devices, 1)
+
+
+@pytest.mark.parametrize("text", ["8", "8x", "x8", "0x8", "8x-1", "axb", "2x2x2"])
+def test_no_layouts(text):
+    with pytest.raises(ValueError):  # argparse names the flag and the text
+        parse_layout(text)
+
+
+def test_processes():
+    assert Layout(8, 1).processes == 1 + 8 * 2  # each replica: the API server, and the engine that computes itself
+    assert Layout(2, 4).processes == 1 + 2 * (2 + 4)
+
+
+def test_room_of_one_gpu_against_the_run_on_an_h100():
+    """There was room for 303 sequences of 1,024 tokens, the run says."""
+    content = json.loads((ROOT / "results" / "h100" / "inference_serving.json").read_text())
+    measured = max(row["concurrency"] for row in content["tables"]["load"]["rows"])
+    plan = plan_memory(CONFIG, Layout(1, 1), H100, fp8=True)
+    assert plan.tokens / 1024 == pytest.approx(measured, rel=0.05)
+
+
+def test_room_by_hand():
+    one, all_eight = (plan_memory(CONFIG, layout, H100, fp8=False) for layout in (Layout(8, 1), Layout(1, 8)))
+    assert one.weights == pytest.approx(2 * 33.343e9, rel=1e-4) and all_eight.weights == pytest.approx(one.weights / 8)
+    a_token = 2 * 62 * 8 * 128 * 2  # K and V, layers, KV heads, their width, BF16
+    assert one.tokens == 8 * int(one.cache // a_token) and all_eight.tokens == int(8 * all_eight.cache // a_token)
+    fp8 = plan_memory(CONFIG, Layout(8, 1), H100, fp8=True)
+    assert fp8.weights == pytest.approx(33.343e9 + 2 * 32256 * 7168, rel=1e-4)  # embedding and head stay BF16
+
+
+def test_ranks_beyond_the_kv_heads_hold_copies():
+    config = CONFIG | {"num_key_value_heads": 2}
+    two, four = (plan_memory(config, Layout(1, ranks), H100, fp8=True) for ranks in (2, 4))
+    assert four.tokens / two.tokens == pytest.approx(four.cache / two.cache)
+
+
+@given(st.sampled_from([1, 2, 4]), st.integers(16, 200), st.booleans())
+def test_what_does_not_fit_is_refused(ranks, memory, fp8):
+    machine, layout = replace(H100, memory_bytes=memory * 2**30), Layout(8 // ranks, ranks)
+    plan = plan_memory(CONFIG, layout, machine, fp8)
+    each = plan.tokens // layout.replicas
+    assert bool(problem(CONFIG, layout, machine, fp8, 4096)) == (each < 4096)
+
+
+@pytest.mark.parametrize(
+    ("layout", "memory", "text"),
+    [
+        (Layout(8, 2), 80, "it needs 16 devices, there are 8"),
+        (Layout(1, 5), 80, "56 attention heads do not divide over 5 ranks"),
+        (Layout(8, 1), 40, "62 GiB of weights on each device, of which 36 GiB can be used"),
+        (Layout(8, 1), 74, "a KV cache of 2"),
+        (Layout(8, 1), 80, ""),
+    ],
+)
+def test_problems_in_words(layout, memory, text):
+    found = problem(CONFIG, layout, replace(H100, memory_bytes=memory * 2**30), False, 4096)
+    assert found.startswith(text) and bool(found) == bool(text)
+
+
+def test_what_does_not_divide_is_named():
+    narrow = TINY | {"intermediate_size": 255}
+    assert problem(narrow, Layout(1, 2), H100, False, 16) == "an MLP 255 wide does not divide over 2 ranks"
+
+
+def test_a_model_of_unknown_size_is_not_refused():
+    config = CONFIG | {"model_type": "something-new"}
+    assert (
+        plan_memory(config, Layout(8, 1), H100, fp8=True) is None and problem(config, Layout(8, 1), H100, True, 1) == ""
+    )
+
+
+# ---- the replicas ----
+
+
+def service(gpus=8, at_once=64, model=MODEL):
+    return Service(model, replace(H100, count=gpus), [f"GPU-{i}" for i in range(gpus)], at_once)
+
+
+def flag(command, name):
+    return command.words[command.words.index(name) + 1]
+
+
+@given(st.integers(1, 16), st.integers(1, 4000))
+def test_replicas_share_devices_and_requests(gpus, at_once):
+    asked = service(gpus, at_once)
+    for layout in possible_layouts(MODEL.config, gpus):
+        commands = replica_commands(layout, asked)
+        groups = [command.env["CUDA_VISIBLE_DEVICES"].split(",") for command in commands]
+        assert [name for group in groups for name in group] == asked.devices  # each device once
+        assert {len(group) for group in groups} == {layout.ranks} and len(groups) == layout.replicas
+        assert all(flag(command, "--tensor-parallel") == str(layout.ranks) for command in commands)
+        seats = [int(flag(command, "--max-num-seqs")) for command in commands]
+        assert at_once <= sum(seats) < at_once + layout.replicas
+        graphs = "--max-cudagraph-capture-size" in commands[0].words
+        assert graphs == (seats[0] > serving_layouts.GRAPHS_UP_TO)  # no batch without CUDA graphs
+
+
+def test_what_the_host_says_of_multicast_reaches_a_replica(monkeypatch, tmp_path):
+    for name, value in MULTICAST_OFF.items():
+        monkeypatch.setenv(name, value)
+    (command,) = replica_commands(Layout(1, 8), service())
+    assert set(command.env) == {"CUDA_VISIBLE_DEVICES"}  # nothing is turned on that the host turned off
+    code = "import os; print(*(f'{name}={value}' for name, value in os.environ.items()), sep='\\n')"
+    process = ServerProcess([sys.executable, "-c", code], tmp_path, command.env).start()
+    process.process.wait(30)
+    seen = process.log.read_text().splitlines()
+    assert {f"{name}={value}" for name, value in {**MULTICAST_OFF, **command.env}.items()} <= set(seen)
+
+
+def test_random_weights_get_words(monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "CACHE", tmp_path)
+    (command,) = replica_commands(Layout(1, 1), service(1, model=models.dummy("tiny-llama")))
+    assert flag(command, "--dummy-weights") == str(tmp_path / "shapes" / "tiny-llama")
+    assert flag(command, "--tokenizer") == str(tmp_path / "words" / "512") and "--model" not in command.words
+    (command,) = replica_commands(Layout(1, 1), service(1))
+    assert flag(command, "--model") == "owner/model" and "--tokenizer" not in command.words
 
 
 # ---- the command line ----
@@ -174,3 +311,25 @@ def test_stand_ins(quick_run):
     assert all(row["errors"] == 0 and row["good_percent"] == pytest.approx(100) for row in table["rows"])
     one, two = (max(r["tokens_per_s"] for r in table["rows"] if r["layout"] == n) for n in ("1 x TP=1", "2 x TP=1"))
     assert two > 1.2 * one  # the simulated engines are independent, and the gateway uses both
+
+
+@pytest.mark.slow
+def test_two_ranks_of_the_real_engine(tmp_path):
+    """Tensor parallelism behind the gateway, as on GPUs; processes and KV cache are what the plan says."""
+    layout, model = Layout(1, 2), models.dummy("tiny-llama")
+    cpu = replace(H100, count=2, device="cpu", native_fp8=False, native_bf16=detect("cpu").native_bf16)
+    with running(replica_commands(layout, Service(model, cpu, [], at_once=4)), tmp_path) as (gateway, replicas):
+        body = {"model": "tiny-llama", "prompt": "t1 t22 t333", "max_tokens": 5, "ignore_eos": True}
+        answer = requests.post(f"{gateway.url}/v1/completions", json=body, timeout=120).json()
+        assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (3, 5)
+        assert cache_tokens(replicas) == plan_memory(model.config, layout, cpu, fp8=False).tokens
+        started = [one for server in (gateway, *replicas) for one in family(server.process.pid)]
+        assert len(started) == layout.processes
+    assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in started)
+
+
+def family(pid):
+    """A process and what it has started, without Python's own helper for shared memory."""
+    parent = psutil.Process(pid)
+    children = parent.children(recursive=True)
+    return [parent, *(one for one in children if "resource_tracker" not in " ".join(one.cmdline()))]

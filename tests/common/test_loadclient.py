@@ -4,7 +4,7 @@ import pytest
 
 from common import models
 from common.cli import CannotRun
-from common.loadclient import Load, Objective, Target, _steady, flags_for, run_load
+from common.loadclient import Endpoint, Objective, RequestLoad, _steady, flags_for, run_load
 from common.server import ServerProcess, free_port
 from common.standin import MODEL, standin_command
 from common.traces import BUNDLED, at_rate, read_trace, shrink
@@ -16,12 +16,12 @@ OBJECTIVE = Objective(ttft_ms=1e6, tpot_ms=1e6)
 def target(tmp_path_factory):
     folder = tmp_path_factory.mktemp("standin")
     with ServerProcess(standin_command("--step-ms", "2", "--slots", "4"), folder) as server:
-        yield Target(server.url, MODEL, models.bundled().path)
+        yield Endpoint(server.url, MODEL, models.bundled().path)
 
 
 def test_flags(tmp_path):
-    target = Target("http://a:1", "m", "t")
-    load = Load(10, 64, 8, rate=2.5, burstiness=0.5, tokens_shared=16, at_once=3)
+    target = Endpoint("http://a:1", "m", "t")
+    load = RequestLoad(10, 64, 8, rate=2.5, burstiness=0.5, tokens_shared=16, at_once=3)
     flags = " ".join(flags_for(target, load, Objective(200, 20), 7, tmp_path / "t"))
     for part in (
         "--base-url http://a:1",
@@ -37,7 +37,7 @@ def test_flags(tmp_path):
         "--goodput ttft:200 tpot:20",
     ):
         assert part in flags
-    assert "inf" in " ".join(flags_for(target, Load(10, 64, 8), None, 0, tmp_path / "t"))
+    assert "inf" in " ".join(flags_for(target, RequestLoad(10, 64, 8), None, 0, tmp_path / "t"))
 
 
 def result(*requests):
@@ -72,7 +72,7 @@ def test_without_a_span_the_rate_is_that_of_the_whole_run(requests):
 
 @pytest.mark.slow
 def test_a_row_of_figures(target):
-    row = run_load(target, Load(12, 32, 5, rate=200.0), OBJECTIVE)
+    row = run_load(target, RequestLoad(12, 32, 5, rate=200.0), OBJECTIVE)
     assert row["errors"] == 0 and row["good_percent"] == pytest.approx(100) and row["goodput"] == row["answered"]
     assert row["tokens_per_s"] == pytest.approx(5 * row["answered"])
     assert row["offered"] > 0 and row["late_ms"] >= 0 and row["steady_tokens_per_s"] > 0
@@ -80,18 +80,18 @@ def test_a_row_of_figures(target):
         assert 0 < row[f"{figure}_p50_ms"] <= row[f"{figure}_p90_ms"] <= row[f"{figure}_p99_ms"]
     assert row["e2el_p50_ms"] > row["ttft_p50_ms"]
 
-    hopeless = run_load(target, Load(4, 32, 5, at_once=2), Objective(1e-3, 1e6))
+    hopeless = run_load(target, RequestLoad(4, 32, 5, at_once=2), Objective(1e-3, 1e6))
     assert hopeless["goodput"] == hopeless["good_percent"] == 0 and hopeless["offered"] is None
 
     trace = at_rate(shrink(read_trace(BUNDLED), 1 / 64, 100)[:20], 20, 200.0)
-    replayed = run_load(target, Load(20, 1, 1, trace=trace), OBJECTIVE)
+    replayed = run_load(target, RequestLoad(20, 1, 1, trace=trace), OBJECTIVE)
     sent = sum(arrival.tokens_out for arrival in trace)
     assert replayed["tokens_per_s"] * replayed["seconds"] == pytest.approx(sent) and replayed["offered"] > 0
 
 
 @pytest.mark.slow
 def test_a_server_that_is_gone():
-    target = Target(f"http://127.0.0.1:{free_port()}", MODEL, models.bundled().path)
+    target = Endpoint(f"http://127.0.0.1:{free_port()}", MODEL, models.bundled().path)
     with pytest.raises(CannotRun) as error:
-        run_load(target, Load(2, 8, 2, rate=math.inf))
+        run_load(target, RequestLoad(2, 8, 2, rate=math.inf))
     assert "\n" not in str(error.value)

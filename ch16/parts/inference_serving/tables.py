@@ -1,12 +1,14 @@
 """What inference_serving.py prints: the table of the load, the claims S1 to S4."""
 
+import textwrap
 from collections.abc import Mapping
 
 from common import targets
 from common.gpu import Machine
 from common.models import Model
-from common.results import Column, Verdict, judge, not_applicable
+from common.results import WIDTH, Column, Verdict, judge, not_applicable
 
+BEST, NONE_GOOD = "<- best", "<- misses the targets"  # marks of the best wave
 LOAD_COLUMNS = (
     Column("precision", "precision"),
     Column("concurrency", "requests at once", "d"),
@@ -24,10 +26,11 @@ LOAD_COLUMNS = (
 
 
 def differences(settings: Mapping[str, object], chapter: Mapping[str, object]) -> str:
-    """The exceptions of this machine in one line."""
+    """The exceptions of this machine, for the head of the output."""
     names = [*chapter, *(settings.keys() - chapter.keys() - {"model"})]
     changed = [f"{name}={settings.get(name)!r}" for name in names if settings.get(name) != chapter.get(name)]
-    return f"the chapter's settings, except {', '.join(changed)}" if changed else "the chapter's settings"
+    text = f"engine:  the chapter's settings{', except ' if changed else ''}{', '.join(changed)}"
+    return textwrap.fill(text, WIDTH, subsequent_indent=" " * 9)
 
 
 def claims(best: Mapping[str, float], model: Model, machine: Machine, gpus: int) -> list[Verdict]:

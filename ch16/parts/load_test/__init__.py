@@ -1,1 +1,1 @@
-"""What load_test.py is made of: the search for the knee, the picture."""
+"""What load_test.py is made of: flags and sizes, the server to test, tables and claim, the picture."""

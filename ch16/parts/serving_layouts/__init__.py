@@ -1,1 +1,1 @@
-"""What serving_layouts.py is made of: arithmetic of a layout, its processes, pictures."""
+"""What serving_layouts.py is made of: flags and sizes, the processes of a layout, tables and claims, pictures."""

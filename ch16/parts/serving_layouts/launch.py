@@ -1,8 +1,7 @@
-"""A layout as processes: replicas on devices of their own, the gateway in front of them."""
+"""The processes of a layout: replicas on their own devices, the gateway in front of them."""
 
 import contextlib
 import json
-import math
 import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,16 +11,14 @@ from pathlib import Path
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from ch16.parts.serving_layouts.plan import Layout
 from common import models
-from common.engine import CPU_KV_CACHE_BYTES
 from common.gpu import Machine
 from common.models import Model
 from common.server import ServerProcess
+from common.standin import standin_command
 
 SERVING, GATEWAY = (models.ROOT / "ch16" / name for name in ("inference_serving.py", "load_balancer.py"))
-STREAM_INTERVAL = 8  # tokens an event: one gateway and one client, each on one core, pass on what all GPUs make
-GRAPHS_UP_TO = 512  # sequences in a batch, by vLLM's default; a larger batch would run without CUDA graphs
+FIRST_PORT, GATEWAY_PORT = 8001, 9000  # in the dry run's commands
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Service:
-    """What every layout serves: the model, and for how many requests at once on the whole host."""
+    """What every layout serves: the model, for `at_once` requests on the whole host."""
 
     model: Model | None  # None: stand-ins
     machine: Machine
@@ -44,29 +41,27 @@ class Service:
     seed: int = 0
 
 
-def replica_commands(layout: Layout, service: Service) -> list[Command]:
-    """The replicas, on disjoint devices. Each takes its share of the requests, and decodes all of them together."""
-    model, share = service.model, math.ceil(service.at_once / layout.replicas)
-    words = [str(SERVING), "--serve", "--device", service.machine.device, "--seed", str(service.seed)]
-    words += ["--dummy-weights" if model.dummy else "--model", model.absolute_path]
-    words += ["--tensor-parallel", str(layout.ranks), "--quantization", service.quantization]
-    words += ["--max-num-seqs", str(share), "--max-queue", str(service.at_once)]
-    # The client's random prompts count upwards from random tokens: that two have a beginning in common is chance.
-    words += ["--no-enable-prefix-caching", "--stream-interval", str(STREAM_INTERVAL)]
-    if model.dummy:
-        words += ["--tokenizer", words_tokenizer(model), "--no-skip-tokenizer-init"]
-    if service.machine.device == "cpu":  # a device is a core
-        env = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": str(CPU_KV_CACHE_BYTES // 2**30)}  # as planned
-        return [Command(tuple(words), env)] * layout.replicas
-    if share > GRAPHS_UP_TO:
-        words += ["--max-cudagraph-capture-size", str(share)]
-    groups = [service.devices[i * layout.ranks : (i + 1) * layout.ranks] for i in range(layout.replicas)]
-    return [Command(tuple(words), {"CUDA_VISIBLE_DEVICES": ",".join(group)}) for group in groups]
+def standin_commands(replicas: int) -> list[Command]:
+    """Stand-ins for the replicas."""
+    words = standin_command("--step-ms", "3", "--sequence-us", "300", "--prefill-us", "10", "--slots", "16")
+    return [Command(tuple(words[1:]), {})] * replicas
 
 
 def gateway_command(addresses: Sequence[str]) -> Command:
     """The gateway for replicas at these addresses. It waits for a first token as long as a full host may need."""
     return Command((str(GATEWAY), "--servers", ",".join(addresses), "--idle-timeout", "120"), {})
+
+
+def shell(replicas: Sequence[Command]) -> list[str]:
+    """The processes of a layout as they would be typed in the repository's folder."""
+    ports = range(FIRST_PORT, FIRST_PORT + len(replicas))
+    gateway = gateway_command([f"127.0.0.1:{port}" for port in ports])
+    lines = []
+    for command, port in zip([*replicas, gateway], [*ports, GATEWAY_PORT], strict=True):
+        words = [word.replace(f"{models.ROOT}/", "") for word in command.words]
+        env = [f"{key}={value}" for key, value in command.env.items()]
+        lines.append(" ".join([*env, "python3", *words, "--port", str(port)]))
+    return lines
 
 
 def words_tokenizer(model: Model) -> str:
@@ -89,8 +84,7 @@ def words_tokenizer(model: Model) -> str:
 def running(commands: Sequence[Command], folder: Path) -> Iterator[tuple[ServerProcess, list[ServerProcess]]]:
     """The gateway and the replicas, all ready; stopped at the end.
 
-    The first replica starts alone: what it compiles the others then find in vLLM's cache, instead of all compiling the
-    same at the same time.
+    On GPUs the first replica starts alone: the others find what it compiled in vLLM's cache.
 
     Raises:
         CannotRun: one of them did not start.
@@ -110,14 +104,14 @@ def running(commands: Sequence[Command], folder: Path) -> Iterator[tuple[ServerP
 
 
 def allow_many_connections() -> None:
-    """Let this process and its children open as many sockets as the system allows: the gateway needs two a request."""
+    """Let this process and its children open as many sockets as allowed: the gateway needs two per request."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard and hard != resource.RLIM_INFINITY:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def cache_tokens(replicas: Sequence[ServerProcess]) -> int:
-    """Tokens that the KV caches of all replicas hold, as vLLM says on /metrics; 0 if it does not."""
+    """Tokens that the KV caches of all replicas hold, as vLLM reports on /metrics; 0 if it does not."""
     total = 0
     for replica in replicas:
         for family in text_string_to_metric_families(requests.get(f"{replica.url}/metrics", timeout=30).text):

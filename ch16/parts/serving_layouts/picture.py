@@ -1,41 +1,53 @@
-"""Pictures of layouts: what the load showed, and what a dry run found room for."""
+"""Pictures of layouts: what the loads showed, and the memory of a dry run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from common.plots import draw, save_plot
+from common.gpu import Machine
+from common.plots import COLOURS, draw, legend_below, save_plot
+
+LINES = ("baseline", "variant", "second", "third", "fourth", "fifth")
 
 
-def plot_layouts(path: str, rows: Sequence[dict], slo_tpot_ms: float) -> None:
-    """Throughput, time per token and time to first token over the requests at once, one line a layout."""
-    figure, (tokens, tpot, ttft) = draw(3)
-    for name in dict.fromkeys(row["layout"] for row in rows):
+def plot_layouts(
+    path: str, rows: Sequence[Mapping], best: Mapping, slo_tpot_ms: float, model: str, machine: Machine, simulated: bool
+) -> None:
+    """Throughput and TPOT P99 over the requests at once, one line per layout. Rows: those of the table "layouts"."""
+    figure, (tokens, tpot) = draw(2)
+    for number, name in enumerate(dict.fromkeys(row["layout"] for row in rows)):
         line = [row for row in rows if row["layout"] == name]
-        at_once = [row["at_once"] for row in line]
-        tokens.plot(at_once, [row["tokens_per_s"] for row in line], "o-", label=name)
-        tpot.plot(at_once, [row["tpot_p99_ms"] for row in line], "o-", label=name)
-        ttft.plot(at_once, [row["ttft_p99_ms"] for row in line], "o-", label=name)
-    tpot.axhline(slo_tpot_ms, color="gray", linestyle=":", label="objective")
-    tokens.set(title="output tok/s")
-    tpot.set(title="time per output token, P99, ms")
-    ttft.set(title="time to first token, P99, ms")
-    for axis in (tokens, tpot, ttft):
-        axis.set(xlabel="requests at once", ylim=(0, None))
-        axis.legend()
-    save_plot(figure, path)
+        at_once, colour = [row["at_once"] for row in line], COLOURS[LINES[number % len(LINES)]]
+        tokens.plot(at_once, [row["tokens_per_s"] for row in line], "o-", color=colour, label=name)
+        tpot.plot(at_once, [row["tpot_p99_ms"] for row in line], "o-", color=colour, label=name)
+    tpot.axhline(slo_tpot_ms, color=COLOURS["limit"], linestyle=":", label="objective")
+    tokens.set(title="throughput", xlabel="requests at once", ylabel="output tokens/s", ylim=(0, None))
+    tpot.set(title="time per output token (TPOT), P99", xlabel="requests at once", ylabel="ms", ylim=(0, None))
+    legend_below(tokens, 3)
+    legend_below(tpot, 3)
+    message = (
+        f"{best['layout']}: {best['tokens_per_s']:,.0f} output tokens/s at TPOT P99 {best['tpot_p99_ms']:.0f} ms "
+        f"(objective: {slo_tpot_ms:.0f} ms)"
+    )
+    save_plot(figure, path, message=message, model=model, machine=machine, simulated=simulated)
 
 
-def plot_plan(path: str, rows: Sequence[dict]) -> None:
-    """What fills the memory of one device in each layout, one plot a machine."""
-    machines = list(dict.fromkeys(row["machine"] for row in rows))
+def plot_plan(path: str, rows: Sequence[Mapping], model: str, machines: Sequence[Machine]) -> None:
+    """What fills the memory of one GPU in each layout, one plot per machine. Rows: those of the table "plan"."""
     figure, axes = draw(len(machines))
     for axis, machine in zip(axes, machines, strict=True):
-        shown = [row for row in rows if row["machine"] == machine]
-        names, below = [row["layout"] for row in shown], [0.0] * len(shown)
-        for key, label in (("weights_gib", "weights"), ("working_gib", "working memory"), ("cache_gib", "KV cache")):
-            heights = [max(0.0, row[key]) for row in shown]
-            axis.bar(names, heights, bottom=below, label=label)
+        planned = [row for row in rows if row["machine"] == machine.title]
+        names, below = [row["layout"] for row in planned], [0.0] * len(planned)
+        for key, label, colour in (
+            ("weights_gib", "weights", "baseline"),
+            ("working_gib", "working memory", "quiet"),
+            ("cache_gib", "KV cache", "variant"),
+        ):
+            heights = [max(0.0, row[key]) for row in planned]
+            axis.bar(names, heights, bottom=below, label=label, color=COLOURS[colour])
             below = [low + height for low, height in zip(below, heights, strict=True)]
-        axis.axhline(shown[0]["memory_gib"], color="black", linewidth=0.8, label="the device")
-        axis.set(title=f"{machine}: GiB a device", ylim=(0, 1.35 * max(*below, shown[0]["memory_gib"])))
-        axis.legend(loc="upper center", ncols=2)
-    save_plot(figure, path)
+        axis.axhline(planned[0]["memory_gib"], color=COLOURS["limit"], linewidth=1, label="memory of the GPU")
+        axis.set(title=machine.title, xlabel="replicas x GPUs per replica", ylabel="GiB per GPU")
+        legend_below(axis)
+    hosts = " and ".join(machine.title for machine in machines)
+    everywhere = replace(machines[0], name=hosts.split(" x ", 1)[1])
+    save_plot(figure, path, message="Memory per GPU in each layout (computed)", model=model, machine=everywhere)

@@ -13,10 +13,10 @@ SMALL = Model("p", "llama-3-8b", SHAPES["llama-3-8b"], dummy=True)
 
 
 def test_the_exceptions_are_named():
-    assert differences({"model": "p"} | CHAPTER, CHAPTER) == "the chapter's settings"
+    assert differences({"model": "p"} | CHAPTER, CHAPTER) == "engine:  the chapter's settings"
     there = {"a": 1, "b": True, "q": "fp8"}
     found = differences({"model": "p", "a": 1, "b": False, "new": 7}, there)
-    assert found == "the chapter's settings, except b=False, q=None, new=7"
+    assert found == "engine:  the chapter's settings, except b=False, q=None, new=7"
 
 
 def best(tokens_per_s=5000.0, p50=40.0, p99=60.0, busy=90.0, gpus=1):

@@ -33,9 +33,9 @@ from tqdm import tqdm
 
 from ch16.parts.inference_serving import flags
 from ch16.parts.inference_serving.bodies import TEMPERATURE, TOP_P
+from ch16.parts.inference_serving.flags import ServingSizes, sizes_for
 from ch16.parts.inference_serving.picture import plot
 from ch16.parts.inference_serving.process import serve_engine
-from ch16.parts.inference_serving.sizes import ServingSizes, sizes_for
 from ch16.parts.inference_serving.tables import BEST, LOAD_COLUMNS, NONE_GOOD, claims, differences
 from common import cli, models, targets
 from common.engine import exceptions, prepare_environment, quiet, starting_engine, stop_engine
@@ -73,14 +73,8 @@ PROMPTS = [
 def settings_for(model: Model, machine: Machine, args: argparse.Namespace, quantization: str) -> dict[str, object]:
     """The chapter's settings with this machine's exceptions: without a GPU no CUDA graphs, without FP8 units no FP8."""
     settings = {"model": model.path} | CHAPTER
-    settings |= exceptions(
-        settings,
-        model,
-        machine,
-        quantization=quantization,
-        tensor_parallel=args.tensor_parallel,
-        max_num_seqs=args.max_num_seqs,
-    )
+    asked = {"tensor_parallel": args.tensor_parallel, "max_num_seqs": args.max_num_seqs, "quantization": quantization}
+    settings |= exceptions(settings, model, machine, **asked)
     return {name: value for name, value in settings.items() if value is not None}  # None: vLLM's default
 
 
@@ -218,25 +212,20 @@ def measure(
 # ---- main ----
 
 
-def report(
-    results: Report, rows: list[dict], bests: list[dict], model: Model, machine: Machine, args: argparse.Namespace
-) -> None:
+def report(results: Report, args: argparse.Namespace, rows: list[dict], bests: list[dict], model: Model) -> None:
     """Print FP8 against BF16 and the claims; write JSON and picture."""
     if len(bests) == 2:
         ratio = bests[1]["tokens_per_s"] / bests[0]["tokens_per_s"]
         print(f"\nFP8 over BF16, each at its best concurrency: {ratio:.2f}x output tok/s")
-    results.claims(claims(bests[-1], model, machine, results.settings["tensor_parallel"]))
+    results.claims(claims(bests[-1], model, results.machine, results.settings["tensor_parallel"]))
     results.save(args.json)
     if args.plot:
-        plot(args.plot, rows, bests[-1], model.name, machine)
+        plot(args.plot, rows, bests[-1], model.name, results.machine)
 
 
-def demo(args: argparse.Namespace) -> int:
+def demo(args: argparse.Namespace, model: Model, machine: Machine) -> int:
     """Complete the chapter's prompts, measure, print the claims."""
-    machine = detect(args.device)
-    quiet()
-    prepare_environment(machine, args.tensor_parallel or 1)
-    model, sizes = models.chosen(args, machine), sizes_for(machine, args.quick)
+    sizes = sizes_for(machine, args.quick)
     engines = [settings_for(model, machine, args, name) for name in flags.precisions(args, model, machine)]
 
     recorded = {"model": model.name, "dummy_weights": model.dummy, **vars(sizes), "seed": args.seed}
@@ -248,22 +237,21 @@ def demo(args: argparse.Namespace) -> int:
         print(f"         {model.note}")
     print(differences(engines[-1], CHAPTER))
     rows, bests = measure(results, engines, model, machine, sizes)
-    report(results, rows, bests, model, machine, args)
+    report(results, args, rows, bests, model)
     return 0
 
 
-def serve(args: argparse.Namespace, vllm_flags: Sequence[str]) -> int:
-    """vLLM's OpenAI-compatible server with the same settings, in our layer (`ch16/parts/inference_serving`)."""
+def main() -> int:
+    """The demo; or vLLM's OpenAI-compatible server with the same settings, in our layer."""
+    args, vllm_flags = flags.parse(__doc__)
     machine = detect(args.device)
+    if not args.serve:
+        quiet()
     prepare_environment(machine, args.tensor_parallel or 1)
     model = models.chosen(args, machine)
-    return serve_engine(settings_for(model, machine, args, args.quantization), model.name, args, vllm_flags)
-
-
-def main() -> int:
-    """Demo or server."""
-    args, vllm_flags = flags.parse(__doc__)
-    return serve(args, vllm_flags) if args.serve else demo(args)
+    if args.serve:
+        return serve_engine(settings_for(model, machine, args, args.quantization), model.name, args, vllm_flags)
+    return demo(args, model, machine)
 
 
 if __name__ == "__main__":

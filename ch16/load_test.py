@@ -31,7 +31,7 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from ch16.parts.load_test import flags
-from ch16.parts.load_test.endpoint import serving
+from ch16.parts.load_test.endpoint import described, serving
 from ch16.parts.load_test.flags import LoadSizes, sizes_for
 from ch16.parts.load_test.picture import plot
 from ch16.parts.load_test.tables import (
@@ -39,7 +39,7 @@ from ch16.parts.load_test.tables import (
     LATENCY_COLUMNS,
     RATE_COLUMNS,
     SHAPE_COLUMNS,
-    capacity_rows,
+    capacity_row,
     claim,
 )
 from common import cli
@@ -47,7 +47,6 @@ from common.engine import prepare_environment, quiet
 from common.gpu import detect
 from common.loadclient import Endpoint, Objective, RequestLoad, run_load
 from common.results import Report
-from common.standin import MODEL as STANDIN
 from common.traces import BLOCK_TOKENS, Arrival, at_rate, mean_lengths
 
 # ---- configuration ----
@@ -103,7 +102,6 @@ class LoadTester:
 
     def __init__(self, endpoint: Endpoint, base: RequestLoad, seed: int, runs: int) -> None:
         self.endpoint, self.base, self._seed = endpoint, base, seed
-        self.simulated = endpoint.model == STANDIN
         self.objective: Objective | None = None
         self.progress = tqdm(total=runs, desc="runs", leave=False, disable=None)
 
@@ -126,10 +124,7 @@ def shape_of(load: RequestLoad) -> str:
 
 def objective_for(unloaded: dict, ttft_ms: float | None, tpot_ms: float | None) -> Objective:
     """The limits the user asked for, else a multiple of the latencies of an unloaded server."""
-    return Objective(
-        ttft_ms or TTFT_SLACK * unloaded["ttft_p50_ms"],
-        tpot_ms or TPOT_SLACK * unloaded["tpot_p50_ms"],
-    )
+    return Objective(ttft_ms or TTFT_SLACK * unloaded["ttft_p50_ms"], tpot_ms or TPOT_SLACK * unloaded["tpot_p50_ms"])
 
 
 # ---- measurement ----
@@ -176,18 +171,14 @@ def replay(
 
     flood = at(1e6, "trace, all at once")
     kept, rows = find_knee(lambda rate: at(rate, f"trace, {rate:.2f}/s"), [knee] if knee else [], refine)
-    capacity = capacity_rows(
-        synthetic={
-            "tokens_per_s": full["steady_tokens_per_s"],
-            "tokens_out": tester.base.tokens_out,
-            "knee": knee,
-        },
-        trace={
-            "tokens_per_s": flood["steady_tokens_per_s"],
-            "tokens_out": mean_lengths(trace)[1],
-            "knee": kept,
-        },
-    )
+    full_tokens, trace_tokens = full["steady_tokens_per_s"], flood["steady_tokens_per_s"]
+    capacity = [
+        capacity_row("full server, output tok/s", full_tokens, trace_tokens),
+        capacity_row(
+            "full server, requests/s", full_tokens / tester.base.tokens_out, trace_tokens / mean_lengths(trace)[1]
+        ),
+        capacity_row("knee, requests/s", knee, kept),
+    ]
     return [flood, *rows], capacity
 
 
@@ -210,7 +201,7 @@ def measure(
         rows, knee, full = given_loads(tester, args), None, None
     else:
         rows, knee, full = search(tester, sizes, len(trace), args)
-    base, what = tester.base, "a stand-in (simulated)" if tester.simulated else tester.endpoint.model
+    base, what = tester.base, described(tester.endpoint.model)
     lengths = f"{base.tokens_in} tokens in and {base.tokens_out} out, {what}"
     tester.progress.clear()
     results.table("rates", f"Rates, {lengths}", rows, RATE_COLUMNS)
@@ -235,22 +226,13 @@ def measure(
 # ---- main ----
 
 
-def report(
-    results: Report,
-    tester: LoadTester,
-    rows: list[dict],
-    knee: float | None,
-    capacity: list[dict],
-    args: argparse.Namespace,
-) -> None:
+def report(results: Report, args: argparse.Namespace, rows: list[dict], knee: float | None, capacity: list) -> None:
     """Print the claim, write JSON and picture."""
     if capacity:
         results.claims([claim(capacity)])
     results.save(args.json)
     if args.plot:
-        open_loops = [row for row in rows if "rate" in row]
-        model = "stand-in for a server" if tester.simulated else tester.endpoint.model
-        plot(args.plot, open_loops, knee, tester.objective, model, results.machine, tester.simulated)
+        plot(args.plot, rows, knee, results)
 
 
 def main() -> int:
@@ -273,7 +255,7 @@ def main() -> int:
         )
         with tester.progress:
             rows, knee, capacity = measure(results, tester, trace, sizes, args)
-    report(results, tester, rows, knee, capacity, args)
+    report(results, args, rows, knee, capacity)
     return 0
 
 

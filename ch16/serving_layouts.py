@@ -351,22 +351,16 @@ def dry_run(args: argparse.Namespace) -> None:
 
 
 def report(
-    results: Report,
-    rows: list[dict],
-    bests: dict[Layout, dict],
-    service: Service,
-    objective: Objective,
-    args: argparse.Namespace,
+    results: Report, args: argparse.Namespace, rows: list[dict], bests: dict[Layout, dict], model: Model | None
 ) -> None:
     """Print the claims by the best layout; write JSON and picture."""
+    objective = Objective(args.slo_ttft_ms, args.slo_tpot_ms)
     good = [layout for layout in bests if meets(bests[layout], objective)]
     winner = max(good or bests, key=lambda layout: bests[layout]["tokens_per_s"])
-    best, machine = bests[winner], service.machine
-    results.claims(claims(best, str(winner), winner.devices, service.model, machine))
+    results.claims(claims(bests[winner], str(winner), winner.devices, model, results.machine))
     results.save(args.json)
     if args.plot:
-        simulated = service.model is None
-        plot_layouts(args.plot, rows, best, objective.tpot_ms, results.settings["model"], machine, simulated)
+        plot_layouts(args.plot, rows, bests[winner], results, simulated=model is None)
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -388,7 +382,7 @@ def compare(args: argparse.Namespace) -> None:
     results = Report("serving_layouts.py", machine, settings, wide=args.wide)
     results.print_card()
     rows, bests = measure(results, layouts, service, loads, objective, fp8, args.gpu_hour_price)
-    report(results, rows, bests, service, objective, args)
+    report(results, args, rows, bests, model)
 
 
 def main() -> int:

@@ -84,21 +84,12 @@ def use_fp8(machine: Machine, quantization: str) -> bool:
     return quantization == "fp8" or (quantization == "auto" and machine.native_fp8)
 
 
-def engine_args(
-    model: Model,
-    machine: Machine,
-    *,
-    quantization: str = "auto",
-    tensor_parallel: int | None = None,
-    max_model_len: int = 4096,
-    max_num_seqs: int | None = None,
-) -> dict[str, object]:
+def engine_args(model: Model, machine: Machine, *, max_model_len: int = 4096, **asked: object) -> dict[str, object]:
     """Arguments for `vllm.LLM` (or, as flags, for vLLM's server): the chapter's settings on this machine.
 
     Args:
         max_model_len: longest prompt plus answer in tokens, cut to what the model can.
-
-    The others, and what is raised: see `exceptions`.
+        asked: the keywords of `exceptions`, which also says what is raised.
     """
     settings: dict[str, object] = {
         "model": model.path,
@@ -109,14 +100,7 @@ def engine_args(
         "quantization": "fp8",
         "kv_cache_dtype": "fp8",
     }
-    settings |= exceptions(
-        settings,
-        model,
-        machine,
-        quantization=quantization,
-        tensor_parallel=tensor_parallel,
-        max_num_seqs=max_num_seqs,
-    )
+    settings |= exceptions(settings, model, machine, **asked)
     return {name: value for name, value in settings.items() if value is not None}
 
 

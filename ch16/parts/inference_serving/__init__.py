@@ -1,7 +1,6 @@
 """What inference_serving.py is made of.
 
-flags.py     the command line
-sizes.py     how much the demo does
+flags.py     the command line, and how much work it means
 tables.py    columns and claims; picture.py draws them
 process.py   the server's port, an answer while the model loads, vLLM's server until a signal stops it
 layer.py     the ASGI middleware around that server: admission, drain, metrics

@@ -33,22 +33,10 @@ from ch16.parts.inference_serving.bodies import GenerateEvents, GenerateRequest,
 from common.metrics import InferenceMetrics, Rate
 
 OPEN_PATHS = {"/health", "/ready", "/ping", "/version", "/metrics"}  # probes and scrapers carry no key
-# Every other POST is inference work, so that a route added by a new vLLM is bounded and counted, too.
+# Every other POST is inference work: a route added by a new vLLM is bounded and counted as well.
 MANAGEMENT = (
-    "/tokenize",
-    "/detokenize",
-    "/count_tokens",
-    "/start_profile",
-    "/stop_profile",
-    "/cancel",
-    "/abort_requests",
-    "/pause",
-    "/resume",
-    "/sleep",
-    "/wake_up",
-    "/reset_prefix_cache",
-    "/render",
-    "_lora_adapter",
+    *("/tokenize", "/detokenize", "/count_tokens", "/start_profile", "/stop_profile", "/cancel", "/abort_requests"),
+    *("/pause", "/resume", "/sleep", "/wake_up", "/reset_prefix_cache", "/render", "_lora_adapter"),
 )
 BODY_TIMEOUT_S = 30.0
 

@@ -65,3 +65,8 @@ def _reason(error: requests.RequestException) -> str:
     if error.response is not None:
         return f"status {error.response.status_code}"
     return "it refused the connection" if "refused" in str(error) else type(error).__name__
+
+
+def described(model: str) -> str:
+    """The served model, for titles."""
+    return "a stand-in (simulated)" if model == STANDIN else model

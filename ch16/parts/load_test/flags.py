@@ -20,18 +20,14 @@ def parse(doc: str) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     tests.add_argument("--requests", type=cli.positive_int, help="per run")
     tests.add_argument("--tokens-in", type=cli.positive_int, help="per prompt; default: the trace's mean")
     tests.add_argument("--tokens-out", type=cli.positive_int, help="per answer; default: the trace's mean")
-    tests.add_argument(
-        "--rates", type=cli.positive_float, nargs="+", metavar="R", help="only these open loops, requests/s"
-    )
+    tests.add_argument("--rates", type=cli.positive_float, nargs="+", metavar="R", help="only these open loops, req/s")
     tests.add_argument("--users", type=cli.positive_int, nargs="+", metavar="N", help="only closed loops of N")
     tests.add_argument("--burstiness", type=cli.positive_float, default=1.0, help="below 1: burstier than Poisson")
     tests.add_argument("--shared-tokens", type=cli.non_negative_int, default=0, help="that all prompts begin with")
     tests.add_argument("--trace", default=str(BUNDLED), metavar="FILE", help="Azure's .csv or Mooncake's .jsonl")
     tests.add_argument("--trace-scale", type=cli.positive_float, help="times the trace's lengths; default: by machine")
-    tests.add_argument(
-        "--slo-ttft-ms", type=cli.positive_float, help="objective; default: 10 times the unloaded median"
-    )
-    tests.add_argument("--slo-tpot-ms", type=cli.positive_float, help="objective; default: 3 times the unloaded median")
+    tests.add_argument("--slo-ttft-ms", type=cli.positive_float, help="objective; default: 10x the unloaded median")
+    tests.add_argument("--slo-tpot-ms", type=cli.positive_float, help="objective; default: 3x the unloaded median")
     args = parser.parse_args()
     if args.plot and args.users and not args.rates:
         parser.error("--plot draws open loops by their rate, and --users are none: name --rates, too")

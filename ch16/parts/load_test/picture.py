@@ -2,24 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 
-from common.gpu import Machine
-from common.loadclient import Objective
 from common.plots import COLOURS, draw, legend_below, save_plot
+from common.results import Report
+from common.standin import MODEL as STANDIN
 
 
-def plot(
-    path: str,
-    rows: Sequence[Mapping],
-    knee: float | None,
-    objective: Objective | None,
-    model: str,
-    machine: Machine,
-    simulated: bool,
-) -> None:
-    """Requests answered and good, and latencies, over the offered rate. Rows: those with a `rate`, see `run_load`."""
+def plot(path: str, rows: Sequence[Mapping], knee: float | None, results: Report) -> None:
+    """Requests answered and good, and latencies, over the rate of the open loops. Rows: see `run_load`."""
     from matplotlib.ticker import LogFormatter
 
     figure, (requests, latency) = draw(2)
+    rows = [row for row in rows if "rate" in row]
     offered = [row["rate"] for row in rows]
     requests.plot(offered, offered, color=COLOURS["limit"], linewidth=1, label="offered")
     requests.plot(offered, [row["answered"] for row in rows], "o-", color=COLOURS["baseline"], label="answered")
@@ -29,7 +22,7 @@ def plot(
         for quantile, style in ((50, "o--"), (99, "o-")):
             values = [row[f"{figure_name}_p{quantile}_ms"] for row in rows]
             latency.plot(offered, values, style, color=colour, label=f"{figure_name.upper()} P{quantile}")
-        if objective and (limit := getattr(objective, f"{figure_name}_ms")) < 1e9:
+        if limit := results.settings[f"slo_{figure_name}_ms"]:
             latency.axhline(limit, color=colour, linestyle=":", label=f"{figure_name.upper()} objective")
     if knee:
         requests.axvline(knee, color=COLOURS["quiet"], linestyle="--", label="knee")
@@ -40,7 +33,9 @@ def plot(
     latency.yaxis.set_minor_formatter(LogFormatter())
     legend_below(requests)
     legend_below(latency)
-    save_plot(figure, path, message=_message(offered, knee), model=model, machine=machine, simulated=simulated)
+    simulated = results.settings["model"] == STANDIN
+    model = "stand-in for a server" if simulated else results.settings["model"]
+    save_plot(figure, path, message=_message(offered, knee), model=model, machine=results.machine, simulated=simulated)
 
 
 def _message(offered: Sequence[float], knee: float | None) -> str:

@@ -1,6 +1,7 @@
 """What load_test.py prints: tables of loads and of capacity, the claim W1."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from common.results import Column, Verdict, judge
 
@@ -28,11 +29,8 @@ def _latencies(quantiles: Sequence[int], detail: bool) -> tuple[Column, ...]:
 LATENCY_COLUMNS = (RATE_COLUMNS[0], *_latencies((50, 99), detail=False), *_latencies((90,), detail=True))
 SHAPE_COLUMNS = (
     *RATE_COLUMNS[:6],
-    Column("ttft_p50_ms", "TTFT P50 ms", ",.0f"),
-    Column("ttft_p99_ms", "TTFT P99 ms", ",.0f"),
-    Column("tpot_p50_ms", "TPOT P50 ms", ",.1f"),
-    Column("errors", "errors", detail=True),
-    Column("late_ms", "client late P99 ms", ".1f", detail=True),
+    *(column for column in LATENCY_COLUMNS if column.key in ("ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms")),
+    *(replace(column, detail=True) for column in RATE_COLUMNS[6:]),
 )
 CAPACITY_COLUMNS = (
     Column("what", "capacity"),
@@ -42,21 +40,10 @@ CAPACITY_COLUMNS = (
 )
 
 
-def capacity_rows(synthetic: Mapping[str, float], trace: Mapping[str, float]) -> list[dict]:
-    """Rows of CAPACITY_COLUMNS: what synthetic requests predict beside what the trace gave.
-
-    Args:
-        synthetic, trace: `tokens_per_s` of a full server, `tokens_out` per request, and the `knee` in requests/s.
-    """
-    pairs = [
-        ("full server, output tok/s", *(load["tokens_per_s"] for load in (synthetic, trace))),
-        ("full server, requests/s", *(load["tokens_per_s"] / load["tokens_out"] for load in (synthetic, trace))),
-        ("knee, requests/s", *(load["knee"] for load in (synthetic, trace))),
-    ]
-    return [
-        {"what": what, "synthetic": a, "trace": b, "error_percent": 100 * (a / b - 1) if b else None}
-        for what, a, b in pairs
-    ]
+def capacity_row(what: str, synthetic: float, trace: float) -> dict:
+    """A row of CAPACITY_COLUMNS: what synthetic requests predict beside what the trace gave."""
+    error = 100 * (synthetic / trace - 1) if trace else None
+    return {"what": what, "synthetic": synthetic, "trace": trace, "error_percent": error}
 
 
 def claim(capacity: Sequence[Mapping]) -> Verdict:

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from common import cli, models
 from common.engine import use_fp8
@@ -20,30 +19,16 @@ def parse(doc: str, parse_layout: Callable[[str], object]) -> argparse.Namespace
     )
     parser.set_defaults(model=None)
     models.dummy_weights_flag(parser)
-    parser.add_argument(
-        "--quantization", choices=("auto", "fp8", "none"), default="auto", help="auto: FP8 where the GPU computes it"
-    )
-    parser.add_argument(
-        "--layouts",
-        type=parse_layout,
-        nargs="+",
-        metavar="RxT",
-        help="R replicas over T devices each, as in 8x1 2x4 1x8; default: all that use every device",
-    )
-    parser.add_argument(
-        "--requests", type=cli.positive_int, nargs="+", metavar="N", help="only these loads: N requests at once"
-    )
+    parser.add_argument("--quantization", choices=("auto", "fp8", "none"), default="auto", help="auto: FP8 if native")
+    layouts_help = "R replicas over T devices each, as in 8x1 2x4 1x8; default: all that use every device"
+    parser.add_argument("--layouts", type=parse_layout, nargs="+", metavar="RxT", help=layouts_help)
+    parser.add_argument("--requests", type=cli.positive_int, nargs="+", metavar="N", help="loads: N requests at once")
     parser.add_argument("--slo-ttft-ms", type=cli.positive_float, default=10_000.0, metavar="MS", help="objective")
     parser.add_argument("--slo-tpot-ms", type=cli.positive_float, default=50.0, metavar="MS", help="objective")
     parser.add_argument("--gpu-hour-price", type=cli.positive_float, metavar="P", help="of one GPU, in any currency")
     parser.add_argument("--dry-run", action="store_true", help="print processes and memory, start nothing")
-    parser.add_argument(
-        "--machine",
-        type=machine_type,
-        nargs="+",
-        metavar="NxG",
-        help="of the dry run: N GPUs of G GB; default: 8x80 and 8x141 (H100, H200)",
-    )
+    machine_help = "of the dry run: N GPUs of G GB; default: 8x80 and 8x141 (H100, H200)"
+    parser.add_argument("--machine", type=machine_type, nargs="+", metavar="NxG", help=machine_help)
     args = parser.parse_args()
     if args.machine and not args.dry_run:
         parser.error("--machine belongs to --dry-run; a run takes the machine that it is on")
@@ -61,25 +46,14 @@ def machine_type(text: str) -> Machine:
     return Machine("cuda", f"{memory} GB", count, memory * 2**30, 0, None, native_bf16=True, native_fp8=True)
 
 
-@dataclass(frozen=True)
-class LayoutSizes:
-    """Tokens in and out per request, and per load how many requests come at once for each device."""
-
-    tokens_in: int
-    tokens_out: int
-    at_once: tuple[int, ...]
-
-
 def loads_for(args: argparse.Namespace, machine: Machine) -> list[RequestLoad]:
     """The loads that were asked for, else the chapter's on GPUs, or loads that finish quickly on two CPU cores."""
     if args.quick:
-        sizes = LayoutSizes(32, 32, (8, 16))
-    elif machine.device == "cuda":
-        sizes = LayoutSizes(512, 512, (64, 128, 192, 256))
+        tokens, per_device = 32, (8, 16)
     else:
-        sizes = LayoutSizes(64, 64, (4, 16))
-    numbers = args.requests or [number * machine.count for number in sizes.at_once]
-    return [RequestLoad(number, sizes.tokens_in, sizes.tokens_out) for number in numbers]
+        tokens, per_device = (512, (64, 128, 192, 256)) if machine.device == "cuda" else (64, (4, 16))
+    numbers = args.requests or [number * machine.count for number in per_device]
+    return [RequestLoad(number, tokens_in=tokens, tokens_out=tokens) for number in numbers]
 
 
 def model_for(args: argparse.Namespace, machine: Machine) -> tuple[Model, bool]:

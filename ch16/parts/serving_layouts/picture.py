@@ -5,29 +5,31 @@ from dataclasses import replace
 
 from common.gpu import Machine
 from common.plots import COLOURS, draw, legend_below, save_plot
+from common.results import Report
 
 LINES = ("baseline", "variant", "second", "third", "fourth", "fifth")
 
 
-def plot_layouts(
-    path: str, rows: Sequence[Mapping], best: Mapping, slo_tpot_ms: float, model: str, machine: Machine, simulated: bool
-) -> None:
+def plot_layouts(path: str, rows: Sequence[Mapping], best: Mapping, results: Report, simulated: bool) -> None:
     """Throughput and TPOT P99 over the requests at once, one line per layout. Rows: those of the table "layouts"."""
+    objective = results.settings["tpot_ms"]
     figure, (tokens, tpot) = draw(2)
     for number, name in enumerate(dict.fromkeys(row["layout"] for row in rows)):
         line = [row for row in rows if row["layout"] == name]
         at_once, colour = [row["at_once"] for row in line], COLOURS[LINES[number % len(LINES)]]
         tokens.plot(at_once, [row["tokens_per_s"] for row in line], "o-", color=colour, label=name)
         tpot.plot(at_once, [row["tpot_p99_ms"] for row in line], "o-", color=colour, label=name)
-    tpot.axhline(slo_tpot_ms, color=COLOURS["limit"], linestyle=":", label="objective")
+    tpot.axhline(objective, color=COLOURS["limit"], linestyle=":", label="objective")
     tokens.set(title="throughput", xlabel="requests at once", ylabel="output tokens/s", ylim=(0, None))
     tpot.set(title="time per output token (TPOT), P99", xlabel="requests at once", ylabel="ms", ylim=(0, None))
     legend_below(tokens, 3)
     legend_below(tpot, 3)
+    kept = best["tpot_p99_ms"] <= objective and not best["errors"]
     message = (
-        f"{best['layout']}: {best['tokens_per_s']:,.0f} output tokens/s at TPOT P99 {best['tpot_p99_ms']:.0f} ms "
-        f"(objective: {slo_tpot_ms:.0f} ms)"
+        f"{'Highest throughput within the objective' if kept else 'No layout keeps the objective'}: {best['layout']}, "
+        f"{best['tokens_per_s']:,.0f} output tokens/s at TPOT P99 {best['tpot_p99_ms']:.0f} ms"
     )
+    model, machine = results.settings["model"].removesuffix(" (simulated)"), results.machine
     save_plot(figure, path, message=message, model=model, machine=machine, simulated=simulated)
 
 

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from ch16.parts.load_test.flags import sizes_for
-from ch16.parts.load_test.tables import W1_PERCENT, capacity_rows, claim
+from ch16.parts.load_test.tables import W1_PERCENT, capacity_row, claim
 
 
 @pytest.mark.parametrize("machine", ["cpu", "cuda", "quick"])
@@ -24,6 +24,5 @@ def test_the_knee_of_the_trace_is_finer_than_the_claim_asks(machine):
     ],
 )
 def test_the_claim_asks_for_both(error, knee, kept, verdict):
-    synthetic = {"tokens_per_s": 100.0 + error, "tokens_out": 20, "knee": knee}
-    judged = claim(capacity_rows(synthetic, {"tokens_per_s": 100.0, "tokens_out": 20, "knee": kept}))
+    judged = claim([{}, capacity_row("full server", 100.0 + error, 100.0), capacity_row("knee", knee, kept)])
     assert judged.verdict == verdict and f"{error:+.1f}%" in judged.measured

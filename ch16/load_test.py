@@ -250,9 +250,7 @@ def main() -> int:
         settings = flags.recorded(args, sizes, endpoint.model, base)
         results = Report("load_test.py", machine, settings, wide=args.wide)
         results.print_card()
-        tester = LoadTester(
-            endpoint, base, args.seed, runs=8 + len(sizes.fractions) + sizes.refine + sizes.trace_refine
-        )
+        tester = LoadTester(endpoint, base, args.seed, sizes.runs)
         with tester.progress:
             rows, knee, capacity = measure(results, tester, trace, sizes, args)
     report(results, args, rows, knee, capacity)

@@ -244,20 +244,14 @@ def price_of_a_million(tokens_per_s: float, price_per_hour: float) -> float:
 
 
 def measure(
-    results: Report,
-    layouts: Sequence[Layout],
-    service: Service,
-    loads: Sequence[RequestLoad],
-    objective: Objective,
-    fp8: bool,
-    gpu_hour_price: float | None,
+    results: Report, args: argparse.Namespace, layouts: Sequence[Layout], service: Service, loads: Sequence[RequestLoad]
 ) -> tuple[list[dict], dict[Layout, dict]]:
     """One layout after the other. Returns all rows, and the best row of each layout.
 
     Raises:
         CannotRun: no layout could be measured.
     """
-    rows, starts, bests = [], [], {}
+    objective, rows, starts, bests = Objective(args.slo_ttft_ms, args.slo_tpot_ms), [], [], {}
     for layout in layouts:
         try:
             measured, start = measure_layout(layout, service, loads, objective)
@@ -266,12 +260,12 @@ def measure(
                 raise
             print(f"left out: {layout}: {error}", file=sys.stderr)
             continue
-        if gpu_hour_price:
+        if args.gpu_hour_price:
             for row in measured:
-                row["price"] = price_of_a_million(row["tokens_per_s"], gpu_hour_price * layout.devices)
+                row["price"] = price_of_a_million(row["tokens_per_s"], args.gpu_hour_price * layout.devices)
         rows += marked(measured, objective)
         bests[layout] = best_row(measured, objective)
-        if service.model and (plan := plan_memory(service.model.config, layout, service.machine, fp8)):
+        if service.model and (plan := plan_memory(service.model.config, layout, service.machine, service.fp8)):
             found = start["measured_cache_tokens"]
             start |= {"cache_tokens": plan.tokens, "error_percent": 100 * (plan.tokens / found - 1) if found else None}
         starts.append({"layout": str(layout)} | start)
@@ -368,7 +362,7 @@ def compare(args: argparse.Namespace) -> None:
     machine = detect(args.device)
     quiet()
     host = machine if machine.device == "cuda" else replace(machine, count=CPU_RANKS)
-    loads, objective = loads_for(args, host), Objective(args.slo_ttft_ms, args.slo_tpot_ms)
+    loads = loads_for(args, host)
     if args.quick:
         model, fp8, what = None, False, "stand-ins (simulated)"
     else:
@@ -376,12 +370,12 @@ def compare(args: argparse.Namespace) -> None:
         what = model.name + (" (random weights)" if model.dummy else "")
     layouts = choose(args, model, fp8, host)
     at_once = max(load.requests for load in loads)
-    service = Service(model, machine, device_names(machine), at_once, args.quantization, args.seed)
+    service = Service(model, machine, device_names(machine), at_once, args.quantization, args.seed, fp8)
     settings = {"model": what, "tokens_in": loads[0].tokens_in, "tokens_out": loads[0].tokens_out, "seed": args.seed}
-    settings |= {"quantization": args.quantization, **vars(objective)}
+    settings |= {"quantization": args.quantization, "ttft_ms": args.slo_ttft_ms, "tpot_ms": args.slo_tpot_ms}
     results = Report("serving_layouts.py", machine, settings, wide=args.wide)
     results.print_card()
-    rows, bests = measure(results, layouts, service, loads, objective, fp8, args.gpu_hour_price)
+    rows, bests = measure(results, args, layouts, service, loads)
     report(results, args, rows, bests, model)
 
 

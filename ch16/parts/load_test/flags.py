@@ -84,14 +84,6 @@ def synthetic_load(args: argparse.Namespace, sizes: LoadSizes, trace: Sequence[A
 def recorded(args: argparse.Namespace, sizes: LoadSizes, model: str, base: RequestLoad) -> dict[str, object]:
     """The settings for the JSON."""
     loads = {key: getattr(base, key) for key in ("requests", "tokens_in", "tokens_out", "tokens_shared", "burstiness")}
-    return (
-        {"model": model}
-        | loads
-        | {
-            "slo_ttft_ms": args.slo_ttft_ms,
-            "slo_tpot_ms": args.slo_tpot_ms,
-            "trace": Path(args.trace).name,
-            "trace_scale": args.trace_scale or sizes.scale,
-            "seed": args.seed,
-        }
-    )
+    asked = {key: getattr(args, key) for key in ("slo_ttft_ms", "slo_tpot_ms", "seed")}
+    trace = {"trace": Path(args.trace).name, "trace_scale": args.trace_scale or sizes.scale}
+    return {"model": model} | loads | asked | trace

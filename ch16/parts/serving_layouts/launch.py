@@ -39,6 +39,7 @@ class Service:
     at_once: int
     quantization: str = "auto"
     seed: int = 0
+    fp8: bool = False  # what `quantization` means for this model and machine
 
 
 def standin_commands(replicas: int) -> list[Command]:

@@ -22,11 +22,10 @@ runpy.run_path(str(Path(__file__).resolve().parent.parent / "common" / "environm
 
 import argparse
 
-from ch16.parts.report.forked import import_engine
-from ch16.parts.report.gather import CHAPTER, ROOT, read, run_all
+from ch16.parts.report.gather import CHAPTER, read, run_all
 from ch16.parts.report.page import html
 from common import cli
-from common.gpu import detect
+from common.results import ROOT
 
 SCRIPTS = [ROOT / "ch16" / f"{name}.py" for name in CHAPTER]
 WORK = ROOT / ".cache" / "report"
@@ -45,10 +44,7 @@ def main() -> int:
     if args.results:
         outcomes, source = read(args.results), f"the runs in {args.results}"
     else:
-        machine = detect()
-        if on_cpu := machine.device == "cpu":
-            import_engine(machine)
-        outcomes, source = list(run_all(SCRIPTS, WORK, fork=on_cpu)), "every script in its --quick form"
+        outcomes, source = list(run_all(SCRIPTS, WORK)), "every script in its --quick form"
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     Path(args.output).write_text(html(outcomes, source))
     print(f"written: {args.output}")

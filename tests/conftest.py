@@ -14,6 +14,8 @@ from hypothesis import settings
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from ch16.parts.report.gather import stop  # noqa: E402
+from ch16.parts.report.processes import fork_server, start  # noqa: E402
 from common.gpu import detect  # noqa: E402
 from tests.ranks import TORCHRUN  # noqa: E402
 from tests.servers import Server  # noqa: E402
@@ -39,16 +41,30 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def quick_run(tmp_path_factory):
-    """Runs a command of the README, once for all tests that ask: `status`, `out`, `err`, the `json`, the `plot`."""
-    starters = {"python3": (sys.executable,), "torchrun": TORCHRUN}
+    """Runs a command of the README, once for all tests that ask: `status`, `out`, `err`, the `json`, the `plot`.
+
+    Scripts start as in `make report`: from a process that has imported vLLM.
+    """
+    server = fork_server()
 
     @functools.cache
-    def run(*command):
+    def run(program, *words):
         folder = tmp_path_factory.mktemp("quick")
-        files = folder / "out.json", folder / "out.png"
-        words = [*starters[command[0]], *command[1:], "--json", str(files[0]), "--plot", str(files[1])]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=500, check=False)
-        content = json.loads(files[0].read_text()) if done.returncode == 0 else {}
-        return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr, json=content, plot=files[1])
+        results, plot, out, err = (folder / name for name in ("out.json", "out.png", "out.txt", "err.txt"))
+        words = [*words, "--json", str(results), "--plot", str(plot)]
+        if program == "python3":
+            process = start(server, words, out, err)
+            process.join(500)
+            status = process.exitcode
+            if status is None:
+                stop(process)
+        else:
+            with open(out, "w") as output, open(err, "w") as errors:
+                done = subprocess.run(
+                    [*TORCHRUN, *words], stdout=output, stderr=errors, cwd=ROOT, timeout=500, check=False
+                )
+            status = done.returncode
+        content = json.loads(results.read_text()) if status == 0 else {}
+        return SimpleNamespace(status=status, out=out.read_text(), err=err.read_text(), json=content, plot=plot)
 
     return run

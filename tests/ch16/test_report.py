@@ -11,6 +11,7 @@ import pytest
 
 from ch16 import report
 from common import cli, plots
+from common.gpu import detect
 from common.results import CLAIMS
 from tests.conftest import ROOT
 
@@ -77,7 +78,7 @@ def page(tmp_path_factory):
     shutil.copytree(ROOT / "results" / "cpu", folder / "results")
     figure, (axis,) = plots.draw(1)
     axis.plot([1, 2])
-    plots.save_plot(figure, str(folder / "results" / "request_scheduler.png"))
+    plots.save_plot(figure, str(folder / "results" / "request_scheduler.png"), "It grows", "a model", detect("cpu"))
     done = run("--results", folder / "results", "--output", folder / "report.html")
     assert done.returncode == 0 and done.stdout == f"written: {folder / 'report.html'}\n" and not done.stderr
     return (folder / "report.html").read_text()
@@ -103,7 +104,6 @@ def test_a_script_that_fails_is_on_the_page(tmp_path, monkeypatch, capsys):
     bad = tmp_path / "load_test.py"
     bad.write_text("raise SystemExit('error: it is too late')")
     monkeypatch.setattr(report, "SCRIPTS", [bad])
-    monkeypatch.setattr(report, "import_engine", lambda machine: None)  # this process is to stay as it is
     monkeypatch.setattr(report, "WORK", tmp_path / "work")
     monkeypatch.setattr(sys, "argv", ["report.py", "--output", str(tmp_path / "report.html")])
     with pytest.raises(SystemExit) as stopped:

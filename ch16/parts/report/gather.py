@@ -1,18 +1,19 @@
 """What the chapter's scripts found: run each of them, or read what earlier runs have written."""
 
 import json
+import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from ch16.parts.report.forked import Forked
+from ch16.parts.report.processes import fork_server, start
 from common.cli import CannotRun
 
-ROOT = Path(__file__).resolve().parents[3]
 LIMIT_S = 600  # a script in its --quick form takes half a minute; on two cores without units for BF16 two
 CLEAN_UP_S = 30
 # The scripts of ch16/ in the chapter's order, with the claims that each measures.
@@ -75,36 +76,37 @@ def read_one(file: Path) -> Outcome:
     )
 
 
-def run_all(scripts: list[Path], folder: Path, fork: bool = False) -> Iterator[Outcome]:
+def run_all(scripts: list[Path], folder: Path) -> Iterator[Outcome]:
     """Run scripts one after the other in their --quick form, with progress on stderr.
 
     Args:
         scripts: their files.
         folder: where JSON, pictures and what they print go.
-        fork: start them from this process and what it has imported, not as programs of their own.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    server = fork_server()
     for number, script in enumerate(scripts, 1):
         print(f"{number:2}/{len(scripts)}  {script.name} ... ", end="", file=sys.stderr, flush=True)
-        outcome = run_one(script, folder, fork)
+        outcome = run_one(server, script, folder)
         ended = f"failed: {outcome.error}" if outcome.error else f"{outcome.seconds:.0f} s"
         print(ended, file=sys.stderr, flush=True)
         yield outcome
 
 
-def run_one(script: Path, folder: Path, fork: bool) -> Outcome:
+def run_one(server: ForkServerContext, script: Path, folder: Path) -> Outcome:
     """Run a script in its --quick form. What an earlier run has left in the folder is gone, whatever happens."""
     results, picture, log = (folder / f"{script.stem}{suffix}" for suffix in (".json", ".png", ".log"))
-    for file in (results, picture):
+    for file in (results, picture, log):
         file.unlink(missing_ok=True)
     words = [str(script), "--quick", "--json", str(results), "--plot", str(picture)]
     started = time.perf_counter()
-    with Forked(words, log, ROOT) if fork else program(words, log) as process:
-        try:
-            error = "" if process.wait(LIMIT_S) == 0 else last_words(log)
-        except subprocess.TimeoutExpired:
-            error = f"not done after {LIMIT_S} s"
-            stop(process)
+    process = start(server, words, log, log)
+    process.join(LIMIT_S)
+    if process.exitcode is None:
+        error = f"not done after {LIMIT_S} s"
+        stop(process)
+    else:
+        error = "" if process.exitcode == 0 else last_words(log)
     seconds = time.perf_counter() - started
     if not error:
         try:
@@ -114,19 +116,12 @@ def run_one(script: Path, folder: Path, fork: bool) -> Outcome:
     return Outcome(script.stem, script.stem, None, None, seconds, error)
 
 
-def program(words: list[str], log: Path) -> subprocess.Popen:
-    """A script in an interpreter of its own; what it prints goes to a file."""
-    with open(log, "w") as output:
-        return subprocess.Popen([sys.executable, *words], stdout=output, stderr=output, cwd=ROOT)
-
-
-def stop(process: subprocess.Popen | Forked) -> None:
+def stop(process: BaseProcess) -> None:
     """Interrupt a script, so that it ends what it has started; kill it when it does not."""
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(CLEAN_UP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(CLEAN_UP_S)
+    process.kill()
+    process.join()
 
 
 def last_words(log: Path) -> str:

@@ -9,10 +9,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
-from ch16.parts.report.gather import CHAPTER, ROOT, Outcome
-from common.results import CLAIMS, Column
+from ch16.parts.report.gather import CHAPTER, Outcome
+from common.results import CLAIMS, ROOT, Column
 
-PLOT_PIXELS, PLOT_REM = 660, 15.5  # the width of one plot as common.plots draws it, and as small as it can be read
 VERDICTS = ("holds", "fails", "n/a", "not measured")
 
 
@@ -21,7 +20,7 @@ def html(outcomes: Sequence[Outcome], source: str) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"code": code, "duration": duration, "data_uri": data_uri, "width_rem": width_rem}
+    environment.filters |= {"code": code, "duration": duration, "data_uri": data_uri}
     found, shown = claims(outcomes), sections(outcomes)
     return environment.get_template("page.html").render(
         source=source,
@@ -161,12 +160,6 @@ def duration(seconds: float) -> str:
 def data_uri(png: bytes) -> str:
     """A picture as an address that holds it."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def width_rem(png: bytes) -> float:
-    """How narrow a picture may be shown, in rem: a phone shows one of its plots at a time, a wide screen all."""
-    pixels = int.from_bytes(png[16:20], "big")  # of the PNG's header
-    return round(PLOT_REM * pixels / PLOT_PIXELS, 1)
 
 
 def words(value: object) -> str:

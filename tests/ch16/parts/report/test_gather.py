@@ -54,8 +54,7 @@ def test_a_folder_without_results_says_how_they_come_there(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fork", [False, True])
-def test_scripts_run_in_their_quick_form(tmp_path, capsys, fork):
+def test_scripts_run_in_their_quick_form(tmp_path, capsys):
     scripts = [
         script(tmp_path, "alpha", WRITES),
         script(
@@ -68,7 +67,7 @@ def test_scripts_run_in_their_quick_form(tmp_path, capsys, fork):
     folder = tmp_path / "results"
     folder.mkdir()
     (folder / "refuses.json").write_text(json.dumps(CONTENT))  # of an earlier run, which went well
-    outcomes = list(gather.run_all(scripts, folder, fork))
+    outcomes = list(gather.run_all(scripts, folder))
     assert [outcome.name for outcome in outcomes] == ["alpha", "refuses", "breaks", "forgets", "mute"]
     good, *bad = outcomes
     assert good.content == CONTENT and good.picture == b"png" and good.seconds > 0 and not good.error
@@ -86,12 +85,11 @@ def test_scripts_run_in_their_quick_form(tmp_path, capsys, fork):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fork", [False, True])
-def test_a_script_that_hangs_is_interrupted_then_killed(tmp_path, monkeypatch, fork):
+def test_a_script_that_hangs_is_interrupted_then_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(gather, "LIMIT_S", 3)
     monkeypatch.setattr(gather, "CLEAN_UP_S", 0.5)
     tidy = script(tmp_path, "tidy", "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('tidied up')")
     deaf = script(tmp_path, "deaf", "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)")
-    for outcome in gather.run_all([tidy, deaf], tmp_path, fork):
+    for outcome in gather.run_all([tidy, deaf], tmp_path):
         assert outcome.error == "not done after 3 s" and outcome.content is None
     assert (tmp_path / "tidy.log").read_text() == "tidied up\n"

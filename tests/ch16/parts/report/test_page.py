@@ -6,8 +6,7 @@ import pytest
 
 from ch16.parts.report import page as reporting
 from ch16.parts.report.gather import Outcome
-from ch16.parts.report.page import duration, width_rem, words
-from common import plots
+from ch16.parts.report.page import duration, words
 from common.results import CLAIMS
 
 PNG = b"\x89PNG not really"
@@ -174,12 +173,6 @@ def test_settings_are_words():
     assert words({"seed": 0, "load": {"users": [1, 2], "presets": []}, "limit": 901371484614.0388, "model": "a"}) == (
         "seed 0, load users 1/2, presets none, limit 9.014e+11, model a"
     )
-
-
-def test_a_phone_shows_one_plot_of_a_picture_at_a_time(tmp_path):
-    for axes in (1, 4):
-        plots.save_plot(plots.draw(axes)[0], str(tmp_path / "plot.png"))
-        assert width_rem((tmp_path / "plot.png").read_bytes()) == pytest.approx(15.5 * axes)
 
 
 def test_nothing_at_all_is_still_a_page():

@@ -3,9 +3,9 @@
     quantize:    q = round(x * s),   s = 2 ** floor(log2(max of the format / max |x|))
     dequantize:  x ~ q / s
 
-One scale may serve the whole tensor, a row, or a block. Scales are powers of two (as in Transformer Engine's
-block scaling and in MXFP8): multiplying by one never rounds, so the format alone makes the error. With a `fill` they
-are exact instead, s = fill * max of the format / max |x|: one can choose where between two powers of two values lie.
+There is one scale per tensor, per row, or per block. Scales are powers of two (as in Transformer Engine's block
+scaling and in MXFP8): multiplying by one never rounds, so all error comes from the format. With a `fill` they are
+exact instead: s = fill * max of the format / max |x|.
 
 E4M3 and E5M2 are defined in Micikevicius et al., "FP8 Formats for Deep Learning", arXiv 2209.05433.
 """
@@ -18,19 +18,19 @@ import torch.nn.functional as F
 E4M3 = torch.float8_e4m3fn
 E5M2 = torch.float8_e5m2
 
-SCALINGS = ("none", "tensor", "row", "block")  # one scale for: nothing at all, the tensor, each row, each block
+SCALINGS = ("none", "tensor", "row", "block")  # one scale per tensor, row or block, or none at all
 ACTIVATION_BLOCK = (1, 128)  # rows, columns
 WEIGHT_BLOCK = (128, 128)
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A matrix in FP8: its values [M, K], and what to multiply them with, one number for each group."""
+    """A matrix in FP8: its values [M, K], and one factor per group that they are multiplied with."""
 
     values: torch.Tensor
     inverse: torch.Tensor  # 1 / scale, float32: [], [M, 1], or [M / rows, K / columns] with a block
     block: tuple[int, int] | None = None
-    power_of_two: bool = True  # whether the scales are, so that multiplying by them is exact in bfloat16, too
+    power_of_two: bool = True  # whether the scales are; multiplying by them is then exact in bfloat16
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +70,7 @@ def scale_for(amax: torch.Tensor, dtype: torch.dtype, fill: float | None = None)
 def _largest(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
     """max |x| over dimensions, which are kept with size 1.
 
-    Magnitudes of floats order like their bits, and of bfloat16 a CPU finds the maximum faster as integers.
+    Magnitudes of floats order like their bits, and a CPU finds the maximum of integers faster than of bfloat16.
     """
     integers, magnitude = {2: (torch.int16, 0x7FFF), 4: (torch.int32, 0x7FFFFFFF)}[x.element_size()]
     return (x.view(integers) & magnitude).amax(dims, keepdim=True).view(x.dtype)
@@ -80,7 +80,7 @@ def absolute_maximum(x: torch.Tensor, scaling: str, block: tuple[int, int] = ACT
     """max |x| of each group of values that shares a scale: [] for "tensor", [M, 1] for "row", [M', K'] for "block".
 
     Raises:
-        ValueError: `scaling` is none of these.
+        ValueError: `scaling` is unknown.
     """
     if scaling == "tensor":
         return _largest(x.flatten(), (0,)).squeeze(0)
@@ -103,7 +103,7 @@ def quantize(
 
     Args:
         x: [M, K], float32 or bfloat16.
-        scaling: one of SCALINGS: what shares a scale.
+        scaling: one of SCALINGS.
         dtype: E4M3 or E5M2.
         block: for "block", the rows and columns that share a scale; the last ones may be smaller.
         amax: for "tensor", a maximum known beforehand (delayed scaling); larger values saturate.
@@ -120,7 +120,7 @@ def quantize(
         scale = scale_for(absolute_maximum(x, scaling, block) if amax is None else amax, dtype, fill)
     block = block if scaling == "block" else None
     scaled = _scaled(x if fill is None else x.float(), scale, block)  # only a power of two is exact in bfloat16
-    if scaling == "none" or amax is not None:  # torch turns what is too large into NaN or infinity; hardware saturates
+    if scaling == "none" or amax is not None:  # torch makes NaN or infinity of larger values; hardware saturates
         limit = torch.finfo(dtype).max
         scaled = scaled.clamp_(-limit, limit)
     return Quantized(scaled.to(dtype), 1 / scale, block, power_of_two=fill is None)
@@ -129,7 +129,7 @@ def quantize(
 def decode(values: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """FP8 values as bfloat16 or wider, which hold them exactly.
 
-    On a CPU through a table of the 256 values, which is faster than PyTorch's conversion.
+    On a CPU by a table of the 256 values, which is faster than PyTorch's conversion.
     """
     if values.device.type != "cpu":
         return values.to(dtype)

@@ -28,14 +28,14 @@ def load_model(model: Model, device: str, dtype: str = "bfloat16") -> tuple[nn.M
     try:
         if model.dummy or device == "meta":
             config = AutoConfig.from_pretrained(model.path)
-            with torch.device(device):  # made where it is used: billions of random numbers take a CPU minutes
+            with torch.device(device):  # a CPU would take minutes for billions of random numbers
                 network = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
             return network.eval().requires_grad_(False), None
         tokenizer = AutoTokenizer.from_pretrained(model.path)
         network = AutoModelForCausalLM.from_pretrained(model.path, dtype=getattr(torch, dtype))
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # transformers and safetensors have a dozen; each says in its first line what is wrong
+    except Exception as error:  # transformers and safetensors have a dozen types; their first line says what is wrong
         raise CannotRun(f"cannot load '{model.name}': {first_line(error)}") from None
     return network.to(device).eval().requires_grad_(False), tokenizer
 
@@ -44,7 +44,7 @@ def token_windows(text: str, tokenizer: object, count: int, length: int, purpose
     """The text's first token ids as windows [count, length].
 
     Args:
-        purpose: what the tokens are for, as the error should say it: " to score 50,000".
+        purpose: the end of the error's sentence, as in " to score 50,000".
 
     Raises:
         CannotRun: the text is too short.
@@ -56,7 +56,7 @@ def token_windows(text: str, tokenizer: object, count: int, length: int, purpose
 
 
 def read_text(path: str | None) -> tuple[str, str]:
-    """The text to read and where it is from: a file, or the language reference that ships with Python.
+    """A text and its source: a file, or the language reference that ships with Python.
 
     Raises:
         CannotRun: the file cannot be read, or this Python came without its documentation.

@@ -1,6 +1,4 @@
-"""The chapter's block and the script around it; with Transformer Engine in fp8/test_transformer_engine.py."""
-
-import argparse
+"""The chapter's block and the script around it; with Transformer Engine in parts/fp8_quant."""
 
 import pytest
 import torch
@@ -8,18 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ch16 import fp8_quant
-from ch16.fp8_quant import FP8TransformerBlock, FP8TransformerModel
-from ch16.parts.fp8_quant.precision import bf16, load_quantized, recipes
-from ch16.parts.fp8_quant.sizes import Sizes
+from ch16.fp8_quant import FP8TransformerBlock, FP8TransformerModel, recipes
+from ch16.parts.fp8_quant.precision import Precision, load_quantized
+from ch16.parts.fp8_quant.sizes import Fp8Sizes
 from ch16.parts.fp8_quant.stack import measure_stack
-from common import gpu
 from common.cli import CannotRun
 from common.gpu import Machine
-from common.models import SHAPES, Model
 
 CPU = Machine("cpu", "a CPU", 1, 16 << 30, 2, None, True, False)
-BF16, RECIPES = bf16(None), recipes(None)
-SMALL = Sizes(64, 4, 2, 2, prefill=32, sequence=16, gemm_tokens=(), decode=(), context=0)
+BF16, RECIPES = Precision("BF16"), recipes(None)
+SMALL = Fp8Sizes(64, 4, 2, 2, prefill=32, sequence=16, gemm_tokens=(), decode=(), context=0)
 
 
 def block(precision, heads=4, kv_heads=2, seed=0):
@@ -34,6 +30,15 @@ def fp8_twin(plain, precision, **options):
 
 
 # ---- the block ----
+
+
+def test_the_chapters_call():
+    """Two arguments; without a recipe, delayed scaling by its name in whatever library there is."""
+    small = FP8TransformerBlock(64, 4)
+    assert small.precision.name == "delayed" and small.num_kv_heads == 4
+    x = torch.randn(2, 5, 64, device=next(small.parameters()).device).bfloat16()
+    y = small(x)
+    assert y.shape == x.shape and bool(y.isfinite().all()) and not torch.allclose(y, x)
 
 
 def test_attention_is_the_textbooks():
@@ -116,42 +121,6 @@ def test_a_stack_that_disagrees_is_an_error():
         measure_stack(build, RECIPES["row"], CPU, SMALL, 0)
 
 
-def test_sizes():
-    shapes = Sizes(hidden=64, heads=4, kv_heads=2).layer_shapes
-    assert shapes == {"qkv_proj": (64, 128), "out_proj": (64, 64), "mlp_fc1": (64, 256), "mlp_fc2": (256, 64)}
-    assert Sizes(64, 4, 2, layers=3).bf16_weight_bytes == 2 * 3 * (64 * 128 + 64 * 64 + 2 * 64 * 256)
-
-
-@pytest.mark.parametrize(("tokens", "sequence"), [(256, 128), (1000, 1000), (7, 7)])
-def test_every_token_asked_for_is_measured(tokens, sequence):
-    flags = dict.fromkeys(("quick", "hidden_size", "num_heads", "num_layers", "eval_tokens"))
-    sizes = fp8_quant.sizes_from(argparse.Namespace(**flags, tokens=tokens, recipes="all"), CPU)
-    assert (sizes.prefill, sizes.sequence) == (tokens, sequence)
-
-
-# ---- claims ----
-
-
-def reading(ratio, lost, tokens=100):
-    return {"recipe": "row", "tokens": tokens, "perplexity_ratio": ratio, "top1_lost_percent": lost}
-
-
-@pytest.mark.parametrize(
-    ("ratio", "speedups", "last", "verdicts"),
-    [
-        (0.5, (2.1, 2.0), reading(1.009, 0.5), ["holds", "holds", "holds"]),
-        (0.53, (2.1, 1.9), reading(1.011, 0.5), ["fails", "fails", "fails"]),
-        (0.52, (), reading(1.0, 1.0), ["holds", "n/a", "fails"]),
-    ],
-)
-def test_verdicts(ratio, speedups, last, verdicts):
-    phases = ("prefill", "decode, CUDA graph")
-    speed = [{"phase": p, "speedup": s, "recipe": "x"} for p, s in zip(phases, speedups, strict=False)]
-    found = fp8_quant.claims([{"weight_ratio": ratio}], speed, [{}, reading(9, 9), last], "no units")
-    assert [v.verdict for v in found] == verdicts and [v.claim for v in found] == ["F1", "F2", "F3"]
-    assert found[1].reason == ("" if speedups else "no units")
-
-
 # ---- the command line ----
 
 
@@ -180,11 +149,3 @@ def test_bad_input_is_one_line_before_any_work(flags, status, message, monkeypat
     out, err = capsys.readouterr()
     assert stopped.value.code == status and message in err
     assert "Traceback" not in err and (status == 2 or (out == "" and err.count("\n") == 1))
-
-
-def test_memory_that_is_not_there(monkeypatch):
-    model = Model("p", "deepseek-coder-33b", SHAPES["deepseek-coder-33b"])
-    monkeypatch.setattr(gpu.psutil, "virtual_memory", lambda: type("", (), {"available": 8 << 30}))
-    with pytest.raises(CannotRun, match=r"GiB of memory are needed and 8 GiB are free"):
-        fp8_quant.check_memory(CPU, SMALL, model)
-    fp8_quant.check_memory(CPU, SMALL, Model("p", "tiny-llama", SHAPES["tiny-llama"]))

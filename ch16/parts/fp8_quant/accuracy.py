@@ -1,4 +1,4 @@
-"""Does FP8 cost accuracy? A real model reads real text in BF16 and in FP8, and both are scored on each next token.
+"""Does FP8 cost accuracy? A real model reads real text in BF16 and in FP8 and is scored on each next token.
 
 Perplexity is exp(mean of -log p(next token)). Windows do not overlap; the first token of a window is not scored.
 """
@@ -12,37 +12,42 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from ch16.parts.fp8_quant.precision import Precision, calibrate, filled, held_bytes, load_quantized, require_multiples
-from ch16.parts.fp8_quant.sizes import Sizes
+from ch16.parts.fp8_quant import layers as our_layers
+from ch16.parts.fp8_quant.precision import Precision, calibrate, held_bytes, load_quantized, require_multiples
+from ch16.parts.fp8_quant.sizes import Fp8Sizes
 from common.cli import CannotRun
 from common.results import Column
 from common.text import token_windows
 
 BF16_ENDS = (1, 2, 4)  # so many first and last blocks are left in BF16
-CALIBRATION_TOKENS = 8_000  # not scored: delayed scaling sees four windows of them, tuning reads them all
-CALIBRATION_WINDOWS = 4
-FILLS = [2 ** (-i / 8) for i in range(8)]  # from one power of two to the next; a whole one would change nothing
+CALIBRATION_WINDOWS = 4  # the last ones; delayed scaling sees them, and they are not scored
 LOGITS_ROWS = 128  # tokens whose logits exist at a time: 128 x 49,152 floats stay in the cache
+
+ACCURACY_COLUMNS = (
+    Column("recipe", "recipe"),
+    Column("tokens", "tokens", ",d"),
+    Column("perplexity", "perplexity", ".3f"),
+    Column("perplexity_ratio", "FP8 / BF16", ".4f"),
+    Column("agreement_percent", "same top-1 %", ".1f"),
+    Column("top1_percent", "top-1 right %", ".2f"),
+    Column("top1_lost_percent", "top-1 lost %", ".2f"),
+    Column("weight_ratio", "weight ratio", ".3f"),
+)
 
 
 def windows_of(text: str, tokenizer: object, length: int, tokens: int) -> torch.Tensor:
-    """The text's first token ids as windows [N, length] that score at least `tokens` tokens, and some to calibrate.
+    """The text's first token ids as windows [N, length]: at least `tokens` tokens to score, then those to calibrate.
 
     Raises:
         CannotRun: the text is too short.
     """
-    count = math.ceil(tokens / (length - 1)) + _kept_back(length)
+    count = math.ceil(tokens / (length - 1)) + CALIBRATION_WINDOWS
     return token_windows(text, tokenizer, count, length, f" to score {tokens:,}")
-
-
-def _kept_back(length: int) -> int:
-    """How many windows of this length, the last ones, are for calibration."""
-    return math.ceil(CALIBRATION_TOKENS / length)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A model's reading of a text, one entry a scored token: its loss in nats, the token it would have chosen."""
+    """A model's reading of a text, per scored token: its loss in nats, and the token that the model ranked first."""
 
     loss: torch.Tensor  # [T]
     choice: torch.Tensor  # [T]
@@ -53,12 +58,12 @@ class Scores:
         return math.exp(self.loss[:tokens].mean().item())
 
     def top1_percent(self, tokens: int | None = None) -> float:
-        """Share of tokens that the model would have chosen."""
+        """Share of tokens that the model ranked first."""
         return 100 * (self.choice[:tokens] == self.truth[:tokens]).float().mean().item()
 
 
 def compare(scores: Scores, reference: Scores) -> dict[str, float]:
-    """A reading beside the reference's reading of the same first tokens."""
+    """A reading against the reference's reading of the same tokens. Keys: those of ACCURACY_COLUMNS."""
     tokens = len(scores.loss)
     right = reference.top1_percent(tokens)
     return {
@@ -73,15 +78,7 @@ def compare(scores: Scores, reference: Scores) -> dict[str, float]:
 
 @torch.no_grad()
 def score(model: nn.Module, windows: torch.Tensor, batch: int, precision: Precision, label: str) -> Scores:
-    """Read windows [N, L] and score each next token.
-
-    Args:
-        model: a causal LM of transformers.
-        windows: token ids.
-        batch: windows at a time.
-        precision: what the model's linear layers compute in.
-        label: for the progress bar.
-    """
+    """Read token ids [N, L], `batch` windows at a time, and score each next token; `label` is for the progress bar."""
     device = next(model.parameters()).device
     head = model.get_output_embeddings()
     losses, choices = [], []
@@ -131,12 +128,14 @@ def convert(
     originals = {name: model.get_submodule(name) for name in names}
 
     def build(original: nn.Linear) -> nn.Module:
-        size = (original.in_features, original.out_features)
-        return precision.library.Linear(
-            *size, bias=original.bias is not None, params_dtype=original.weight.dtype, device=original.weight.device
+        options = {"params_dtype": original.weight.dtype, "device": original.weight.device}
+        if precision.te is our_layers:  # its weights are replaced at once: random ones would take seconds
+            options["init_method"] = nn.init.zeros_
+        return precision.te.Linear(
+            original.in_features, original.out_features, bias=original.bias is not None, **options
         )
 
-    if precision.calibrate and len(calibration):
+    if precision.calibrated and len(calibration):
         for name, original in originals.items():  # the same weights, in layers that can be calibrated
             layer = build(original).requires_grad_(False)
             layer.weight, layer.bias = original.weight, original.bias
@@ -177,18 +176,6 @@ def hardest_input(model: nn.Module, names: Sequence[str], window: torch.Tensor) 
     return hardest[1], hardest[2]
 
 
-ACCURACY_COLUMNS = (
-    Column("recipe", "recipe"),
-    Column("tokens", "tokens", ",d"),
-    Column("perplexity", "perplexity", ".3f"),
-    Column("perplexity_ratio", "FP8 / BF16", ".4f"),
-    Column("agreement_percent", "same choice as BF16 %", ".1f"),
-    Column("top1_percent", "right choice %", ".2f"),
-    Column("top1_lost_percent", "of it lost %", ".2f"),
-    Column("weight_ratio", "weight bytes / BF16", ".3f"),
-)
-
-
 def inner(names: Sequence[str], ends: int) -> list[str]:
     """The layers of all blocks but the first and last `ends`; a block is the first number in a layer's name."""
     block = {name: int(number[0]) for name in names if (number := re.findall(r"\.(\d+)\.", name))}
@@ -196,59 +183,37 @@ def inner(names: Sequence[str], ends: int) -> list[str]:
     return [name for name in block if ends <= block[name] <= last - ends]
 
 
-def tune(network: nn.Module, names: Sequence[str], windows: torch.Tensor, batch: int) -> Precision:
-    """Row scaling with the fill of the range that reads `windows` best: for weights first, then for activations.
-
-    FP8's steps double at each power of two, so where a layer's typical values lie between two of them decides how
-    finely they are rounded, and the model says better than any one layer which place is good.
-    """
-
-    def loss(precision: Precision) -> float:
-        restore = convert(network, names, precision, [])
-        scores = score(network, windows, batch, precision, "tuning")
-        restore()
-        return scores.loss.mean().item()
-
-    weights = min(FILLS, key=lambda fill: loss(filled("weights", (fill, None))))
-    return filled("tuned", min(((weights, fill) for fill in FILLS), key=lambda fills: loss(filled("tuned", fills))))
-
-
 def measure_accuracy(
-    network: nn.Module, windows: torch.Tensor, base: Precision, precisions: Sequence[Precision], sizes: Sizes
+    network: nn.Module, windows: torch.Tensor, precisions: Sequence[Precision], sizes: Fp8Sizes
 ) -> list[dict]:
-    """Perplexity and choices of a model in BF16 and by each recipe, on the same text.
+    """Rows of ACCURACY_COLUMNS: a model in BF16 and by each recipe, on the same text.
 
     All recipes read the first `trial_tokens`. The best of those that multiply in FP8 is tried again with some of the
-    first and last blocks left in BF16, as is usual for small models; the best of all reads everything, last row.
-    The last windows calibrate delayed scaling and tune row scaling, and are not scored.
+    first and last blocks left in BF16, as is usual for small models. The best of all reads everything, in the last row.
 
     Args:
         network: a causal LM in BF16; unchanged afterwards.
-        windows: token ids [N, window].
-        base: how BF16 runs.
+        windows: token ids [N, window], as `windows_of` makes them.
         precisions: recipes to try.
         sizes: trial_tokens, batch, window.
     """
-    kept_back = _kept_back(sizes.window)
-    scored, calibration = windows[:-kept_back], windows[-kept_back:]
-    examples = calibration[:CALIBRATION_WINDOWS].to(next(network.parameters()).device).chunk(2)
+    scored, calibration = windows[:-CALIBRATION_WINDOWS], windows[-CALIBRATION_WINDOWS:]
+    examples = calibration.to(next(network.parameters()).device).chunk(2)
     trial = scored[: math.ceil(sizes.trial_tokens / (sizes.window - 1))]
     names = list(linears(network))
     bf16_bytes = sum(held_bytes(network.get_submodule(name)) for name in names)
-    reference = score(network, scored, sizes.batch, base, "BF16")
+    reference = score(network, scored, sizes.batch, Precision("BF16"), "BF16")
 
-    def read(precision: Precision, label: str, text: torch.Tensor, layers: Sequence[str], calibrated: bool) -> dict:
-        restore = convert(network, layers, precision, examples if calibrated else [])
+    def read(precision: Precision, label: str, text: torch.Tensor, converted: Sequence[str], calibrated: bool) -> dict:
+        restore = convert(network, converted, precision, examples if calibrated else [])
         held = sum(held_bytes(network.get_submodule(name)) for name in names)
         scores = score(network, text, sizes.batch, precision, label)
         restore()
         return {"recipe": label, "weight_ratio": held / bf16_bytes, **compare(scores, reference)}
 
-    rows, best = [], None
+    rows, best = [], None  # best: its row, its recipe, the layers that are in FP8
     for precision in precisions:
-        if precision.name == "tuned":
-            precision = tune(network, names, calibration, sizes.batch)
-        if precision.calibrate:
+        if precision.calibrated:
             rows.append(read(precision, f"{precision.name}, not calibrated", trial, names, False))
         rows.append(read(precision, precision.name, trial, names, True))
         if precision.name != "weights" and (best is None or rows[-1]["perplexity"] < best[0]["perplexity"]):
@@ -261,11 +226,11 @@ def measure_accuracy(
             if rows[-1]["perplexity"] < best[0]["perplexity"]:
                 best = (rows[-1], precision, middle)
     if best:
-        row, precision, layers = best
+        row, precision, converted = best
         if len(trial) == len(scored):  # it has read everything already
             rows.remove(row)
         else:
-            row = read(precision, row["recipe"], scored, layers, True)
+            row = read(precision, row["recipe"], scored, converted, True)
         rows.append(row)
     whole = {"tokens": len(reference.loss), "perplexity": reference.perplexity(), "weight_ratio": 1.0}
     return [{"recipe": "BF16", **whole, "top1_percent": reference.top1_percent()}, *rows]

@@ -2,13 +2,33 @@
 
 import torch
 
-from common.fp8 import E4M3, E5M2, dequantize, quantize
+from common.fp8 import ACTIVATION_BLOCK, E4M3, E5M2, SCALINGS, WEIGHT_BLOCK, dequantize, quantize
+from common.results import Column
 
 FORMATS = {"E4M3": E4M3, "E5M2": E5M2, "FP16": torch.float16, "BF16": torch.bfloat16}
 
+FORMAT_COLUMNS = (
+    Column("format", "format"),
+    Column("bits", "bits", "d"),
+    Column("largest", "largest", ".4g"),
+    Column("smallest_normal", "smallest normal", ".3g"),
+    Column("smallest", "smallest", ".3g"),
+    Column("steps", "steps from 2^n to 2^(n+1)", ",d"),
+    Column("rounding_percent", "rounding error up to %", ".2g"),
+)
+ERROR_COLUMNS = (
+    Column("tensor", "tensor"),
+    Column("format", "format"),
+    Column("scaling", "one scale per"),
+    Column("error_percent", "relative error %", ".2f"),
+    Column("row_error_percent", "mean over rows %", ".2f"),
+    Column("zeroed_percent", "rounded to zero %", ".3f"),
+    Column("saturated_percent", "saturated %", ".4f"),
+)
+
 
 def format_row(name: str) -> dict[str, float | str]:
-    """Range and spacing of one of FORMATS, from PyTorch's own description of the type."""
+    """Range and spacing of one of FORMATS, from PyTorch's own description of the type: a row of FORMAT_COLUMNS."""
     info = torch.finfo(FORMATS[name])
     return {
         "format": name,
@@ -39,3 +59,14 @@ def error_row(x: torch.Tensor, scaling: str, name: str, block: tuple[int, int]) 
         "zeroed_percent": 100 * ((back == 0) & (x != 0)).float().mean().item(),
         "saturated_percent": 100 * (x.abs() > limit).float().mean().item(),
     }
+
+
+def scaling_errors(weight: torch.Tensor, inputs: torch.Tensor) -> list[dict]:
+    """What each format and scaling loses on a layer's weight [N, K] and its input [T, K]: rows of ERROR_COLUMNS."""
+    tensors = (("weight", weight, WEIGHT_BLOCK), ("input", inputs, ACTIVATION_BLOCK))
+    return [
+        {"tensor": name, **error_row(x, scaling, kind, block)}
+        for name, x, block in tensors
+        for kind in ("E4M3", "E5M2")
+        for scaling in SCALINGS
+    ]

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
+from tqdm import tqdm
 
 from ch16.parts.fp8_quant.precision import Precision, calibrate, load_quantized, pad_rows, padded_rows
+from ch16.parts.fp8_quant.sizes import Fp8Sizes
 from common.fp8 import E4M3
 from common.gpu import Machine
 from common.results import Column
@@ -14,7 +16,7 @@ from common.timing import graphed, measure, measure_together
 
 
 def gemm_columns(precisions: Sequence[Precision]) -> list[Column]:
-    """Columns of `measure_gemm`, with one for each recipe."""
+    """Columns of the rows of `measure_gemm`, with one for each recipe; the eager speed-up is that of the first."""
     return [
         Column("layer", "layer"),
         Column("tokens", "tokens", ",d"),
@@ -23,8 +25,19 @@ def gemm_columns(precisions: Sequence[Precision]) -> list[Column]:
         Column("limit", "limit TFLOP/s", ",.0f"),
         Column("peak_percent", "best, % of peak", ".0f"),
         Column("of_limit", "best / limit", ".2f"),
-        Column("speedup", "best / BF16", ".2f"),
-        Column("eager_speedup", f"{precisions[0].name} / BF16, both eager", ".2f"),
+        Column("speedup", "best speed-up", ".2f"),
+        Column("eager_speedup", "eager speed-up", ".2f"),
+    ]
+
+
+def measure_gemms(precisions: Sequence[Precision], machine: Machine, sizes: Fp8Sizes) -> list[dict]:
+    """The largest layer at all numbers of tokens, then every layer at the largest: rows of `gemm_columns`."""
+    shapes = sizes.layer_shapes
+    work = [("mlp_fc1", tokens) for tokens in sizes.gemm_tokens]
+    work += [(name, sizes.gemm_tokens[-1]) for name in shapes if name != "mlp_fc1"]
+    return [
+        measure_gemm(name, *shapes[name], tokens, precisions, machine, sizes.repeats)
+        for name, tokens in tqdm(work, desc="products", leave=False, disable=None)
     ]
 
 
@@ -34,24 +47,23 @@ def measure_gemm(
     k: int,
     n: int,
     tokens: int,
-    base: Precision,
     precisions: Sequence[Precision],
     machine: Machine,
     repeats: int,
 ) -> dict:
-    """One linear layer [n, k] on `tokens` tokens, weights quantized beforehand, all contenders as CUDA graphs.
+    """One linear layer [n, k] on `tokens` tokens, weights quantized beforehand, everything as CUDA graphs.
 
-    Rows that pad the tokens to a multiple of 16 are computed and not counted.
+    Rows that pad the tokens to a multiple of 16 are computed and not counted. Keys: those of `gemm_columns`.
     """
     options = {"bias": False, "params_dtype": torch.bfloat16, "device": machine.device}
     x = torch.randn(tokens, k, dtype=torch.bfloat16, device=machine.device)
     padded = pad_rows(x)
-    plain = base.library.Linear(k, n, **options).requires_grad_(False)
+    plain = precisions[0].te.Linear(k, n, **options).requires_grad_(False)
     works = {"BF16": lambda: plain(x)}
     for precision in precisions:
         calibrate(plain, precision, [padded, padded])
         with precision.weights():
-            quantized = precision.library.Linear(k, n, **options)
+            quantized = precision.te.Linear(k, n, **options)
         load_quantized(quantized, plain, precision)
 
         def work(precision: Precision = precision, quantized: nn.Module = quantized) -> None:

@@ -1,15 +1,17 @@
-"""Linear layers with FP8 weights in plain PyTorch: what Transformer Engine's modules do, to read and to run anywhere.
+"""Linear layers with FP8 weights in plain PyTorch: what Transformer Engine's layers do, to read and to run anywhere.
 
-`Linear`, `LayerNormLinear` and `LayerNormMLP` have the names and constructors of their counterparts in
-`transformer_engine.pytorch`, as far as the chapter's block uses them, so the block is written once for both.
+`Linear`, `LayerNormLinear`, `LayerNormMLP`, `quantized_model_init` and `autocast` have the names of their counterparts
+in `transformer_engine.pytorch`, as far as the chapter's block uses them: the block is written once for both.
 
-The product: where a GPU has FP8 units, `torch._scaled_mm` on the FP8 values. Elsewhere it is emulated: bfloat16 holds
-every FP8 value exactly, so a bfloat16 product of FP8 values with float32 accumulation is the FP8 product, only slower.
+The product: a GPU with FP8 units computes `torch._scaled_mm` on the FP8 values. Elsewhere it is emulated: bfloat16
+holds every FP8 value exactly, so a bfloat16 product with float32 accumulation is the FP8 product, only slower.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -18,42 +20,48 @@ import torch.nn.functional as F
 from common.fp8 import ACTIVATION_BLOCK, WEIGHT_BLOCK, Quantized, decode, dequantize, quantize
 from common.gpu import has_fp8_units
 
-# Recipes by the names Transformer Engine's have, and four that it has not.
-#                (weights, activations)
+
+@dataclass(frozen=True)
+class Scaling:
+    """A recipe: which values share a scale."""
+
+    weights: str
+    activations: str
+
+
 RECIPES = {
-    "delayed": ("tensor", "static"),  # the activations' scale comes from calibration
-    "current": ("tensor", "tensor"),  # from the tensor itself
-    "block": ("block", "block"),  # 128 x 128 weights, 1 x 128 activations
-    "row": ("row", "row"),  # a scale for each output channel and each token
-    "tuned": ("row", "row"),  # the same, with scales whose fill of the range was chosen by what the model then reads
-    "weights": ("row", "bf16"),  # FP8 weights, BF16 activations and products: memory only
-    "unscaled": ("none", "none"),
+    "delayed": Scaling("tensor", "static"),  # the activations' scale comes from calibration
+    "current": Scaling("tensor", "tensor"),  # from the tensor itself
+    "block": Scaling("block", "block"),  # 128 x 128 weights, 1 x 128 activations
+    "row": Scaling("row", "row"),  # a scale for each output channel and each token
+    "weights": Scaling("row", "bf16"),  # FP8 weights, BF16 activations and products: memory only
+    "unscaled": Scaling("none", "none"),
 }
 
-Fills = tuple[float | None, float | None]  # for weights and activations, as in fp8.quantize
+_weights_in: ContextVar[Scaling | None] = ContextVar("weights_in", default=None)
+_computing_in: ContextVar[Scaling | None] = ContextVar("computing_in", default=None)
 
-_weights_in: ContextVar[tuple[str, Fills] | None] = ContextVar("weights_in", default=None)
-_calibrating: ContextVar[bool] = ContextVar("calibrating", default=False)
+
+def quantized_model_init(enabled: bool = True, recipe: Scaling | None = None) -> AbstractContextManager:
+    """Layers created inside hold FP8 weights only."""
+    return _setting(_weights_in, recipe if enabled else None)
+
+
+def autocast(enabled: bool = True, recipe: Scaling | None = None) -> AbstractContextManager:
+    """Inside, layers with FP8 weights compute in FP8, and layers with BF16 weights calibrate.
+
+    A calibrating layer remembers the largest input that it sees; it computes in BF16, Transformer Engine's in FP8.
+    """
+    return _setting(_computing_in, recipe if enabled else None)
 
 
 @contextlib.contextmanager
-def quantized_init(recipe: str, fills: Fills = (None, None)) -> Iterator[None]:
-    """Layers created inside hold FP8 weights only, and compute with them by `recipe`, a key of RECIPES."""
-    token = _weights_in.set((recipe, fills))
+def _setting(variable: ContextVar, value: Scaling | None) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _weights_in.reset(token)
-
-
-@contextlib.contextmanager
-def calibrating() -> Iterator[None]:
-    """Layers with full-precision weights remember the largest input they see inside."""
-    token = _calibrating.set(True)
-    try:
-        yield
-    finally:
-        _calibrating.reset(token)
+        variable.reset(token)
 
 
 def scaled_product(x: Quantized, weight: Quantized) -> torch.Tensor:
@@ -66,14 +74,18 @@ def scaled_product(x: Quantized, weight: Quantized) -> torch.Tensor:
         scales = (x.inverse, weight.inverse if one_for_all else weight.inverse.t())
         return torch._scaled_mm(x.values, weight.values.t(), *scales, out_dtype=torch.bfloat16)
     product = decode(x.values) @ decode(weight.values).t()
-    exact = product.dtype if x.power_of_two and weight.power_of_two else torch.float32
-    return (product * x.inverse.view(-1, 1).to(exact) * weight.inverse.flatten().to(exact)).to(product.dtype)
+    return product * x.inverse.view(-1, 1).to(product.dtype) * weight.inverse.flatten().to(product.dtype)  # exact
+
+
+def random_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Fill a weight as Transformer Engine does."""
+    return nn.init.normal_(weight, std=0.023)
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, with W in bfloat16 or, created inside `quantized_init`, in FP8.
+    """y = x W^T + b, with W in bfloat16 or, created inside `quantized_model_init`, in FP8.
 
-    A state dict always holds W in bfloat16 on the way in: an FP8 layer quantizes what it loads.
+    A state dict to load holds W in bfloat16: an FP8 layer quantizes it.
     """
 
     def __init__(
@@ -83,24 +95,24 @@ class Linear(nn.Module):
         bias: bool = True,
         params_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
+        init_method: Callable[[torch.Tensor], torch.Tensor] = random_weight,
     ) -> None:
         super().__init__()
-        self.recipe, self.fills = _weights_in.get() or (None, (None, None))
+        self.recipe = _weights_in.get()
         where = {"dtype": params_dtype, "device": device}
         self.bias = nn.Parameter(torch.zeros(out_features, **where), requires_grad=False) if bias else None
         self.register_buffer("input_amax", torch.zeros((), device=device))  # 0: not calibrated
+        weight = init_method(torch.empty(out_features, in_features, **where))
         if self.recipe is None:
-            weight = torch.empty(out_features, in_features, **where)
-            self.weight = nn.Parameter(nn.init.normal_(weight, std=0.023), requires_grad=False)
+            self.weight = nn.Parameter(weight, requires_grad=False)
         else:
-            self._keep(torch.zeros(out_features, in_features, **where))
+            self._keep(weight)
 
     def _keep(self, weight: torch.Tensor) -> None:
-        weights, _ = RECIPES[self.recipe]
-        quantized = quantize(weight, weights, block=WEIGHT_BLOCK, fill=self.fills[0])
+        quantized = quantize(weight, self.recipe.weights, block=WEIGHT_BLOCK)
         self.register_buffer("weight", quantized.values, persistent=False)
         self.register_buffer("weight_inverse", quantized.inverse, persistent=False)
-        self._weight = {"block": quantized.block, "power_of_two": quantized.power_of_two}
+        self._block = quantized.block
 
     def _load_from_state_dict(
         self, state_dict: dict, prefix: str, metadata: dict, strict: bool, missing: list[str], *args: list[str]
@@ -114,13 +126,14 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features]."""
+        computing_in = _computing_in.get()
         if self.recipe is None:
-            if _calibrating.get():
+            if computing_in is not None and computing_in.activations == "static":
                 self.input_amax = torch.maximum(self.input_amax, x.abs().amax().float())
             return F.linear(x, self.weight, self.bias)
-        weight = Quantized(self.weight, self.weight_inverse, **self._weight)
+        weight = Quantized(self.weight, self.weight_inverse, self._block)
         rows = x.reshape(-1, x.shape[-1])
-        if RECIPES[self.recipe][1] == "bf16":
+        if computing_in is None or self.recipe.activations == "bf16":
             product = rows @ dequantize(weight).t()
         else:
             product = scaled_product(self._quantized_input(rows), weight)
@@ -128,9 +141,8 @@ class Linear(nn.Module):
         return product.view(*x.shape[:-1], -1)
 
     def _quantized_input(self, rows: torch.Tensor) -> Quantized:
-        _, activations = RECIPES[self.recipe]
-        if activations != "static":
-            return quantize(rows, activations, block=ACTIVATION_BLOCK, fill=self.fills[1])
+        if self.recipe.activations != "static":
+            return quantize(rows, self.recipe.activations, block=ACTIVATION_BLOCK)
         if self.input_amax > 0:
             return quantize(rows, "tensor", amax=self.input_amax)
         return quantize(rows, "none")  # as Transformer Engine's delayed scaling before its first update: scale 1

@@ -1,12 +1,4 @@
-"""How a model's linear layers compute, as one value: BF16, or FP8 by a recipe, with whichever library is there.
-
-    with precision.weights():      # layers created here hold their weights in this precision
-        block = FP8TransformerBlock(...)
-    with precision.compute():      # forward passes here use it
-        y = block(x)
-
-With Transformer Engine these are `te.quantized_model_init` and `te.autocast`; without, the layers of `layers.py`.
-"""
+"""How linear layers compute, as one value: in BF16, or in FP8 by a recipe, with Transformer Engine or our layers."""
 
 import contextlib
 import os
@@ -17,31 +9,54 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ch16.parts.fp8_quant import layers
 from common.cli import CannotRun, first_line
 
-TOKENS_MULTIPLE = 16  # what FP8 GEMMs ask of every dimension
-CALIBRATED = ("_extra_state", "input_amax")  # what calibration leaves in a state dict: Transformer Engine's, and ours
+TOKENS_MULTIPLE = 16  # FP8 GEMMs take multiples of it in every dimension
+CALIBRATED = (
+    "_extra_state",
+    "input_amax",
+)  # what calibration adds to a state dict: Transformer Engine's name, and ours
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Modules to build from, and the contexts to build, calibrate and run them in."""
+    """A library of layers and the recipe by which they compute."""
 
-    name: str  # "BF16", or a recipe: "delayed", "current", "block", "row", "tuned", "weights", "unscaled"
-    library: types.ModuleType  # has Linear, LayerNormLinear, LayerNormMLP
-    weights: Callable[[], AbstractContextManager] = contextlib.nullcontext
-    compute: Callable[[], AbstractContextManager] = contextlib.nullcontext
-    calibrate: Callable[[], AbstractContextManager] | None = None  # None: the recipe needs no calibration
+    name: str  # "BF16", or a recipe: "delayed", "current", "block", "row", "weights", "unscaled"
+    te: types.ModuleType = layers  # transformer_engine.pytorch, or our layers under the same names
+    recipe: object | None = None  # the library's own; None: BF16
+
+    @property
+    def fp8(self) -> bool:
+        """Whether weights are FP8."""
+        return self.recipe is not None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the recipe takes its scales from tensors seen before."""
+        return self.name == "delayed"
+
+    def bf16(self) -> "Precision":
+        """BF16 on the same library's layers: the twin differs in its precision alone."""
+        return replace(self, name="BF16", recipe=None)
+
+    def weights(self) -> AbstractContextManager:
+        """Layers created inside hold their weights in this precision."""
+        return self.te.quantized_model_init(enabled=True, recipe=self.recipe) if self.fp8 else contextlib.nullcontext()
+
+    def compute(self) -> AbstractContextManager:
+        """Forward passes inside use this precision."""
+        return self.te.autocast(enabled=True, recipe=self.recipe) if self.fp8 else contextlib.nullcontext()
 
 
 def transformer_engine(device: str) -> tuple[types.ModuleType | None, str]:
     """`transformer_engine.pytorch`, or None and why it cannot be used on this device ("cuda" or "cpu")."""
     if device != "cuda" or not torch.cuda.is_available():
         return None, "it needs an NVIDIA GPU"
-    # Its own normalisation kernels are tuned for some widths, and 7,168 is none of them; cuDNN's are made for any.
-    os.environ.setdefault("NVTE_NORM_FWD_USE_CUDNN", "1")
+    choose_norm_kernels()
     try:
         import transformer_engine.pytorch as te
     except (ImportError, OSError) as error:
@@ -50,71 +65,35 @@ def transformer_engine(device: str) -> tuple[types.ModuleType | None, str]:
     return (te, "") if usable else (None, reason)
 
 
-def bf16(library: types.ModuleType | None) -> Precision:
-    """BF16 on the same modules as an FP8 recipe (None: our own), so that only the precision differs."""
-    return Precision("BF16", library or layers)
+def choose_norm_kernels() -> None:
+    """Let cuDNN normalise: Transformer Engine's own kernels are tuned for some widths, and 7,168 is none of them.
+
+    Transformer Engine reads the variable when it is imported.
+    """
+    os.environ.setdefault("NVTE_NORM_FWD_USE_CUDNN", "1")
 
 
-def filled(recipe: str, fills: layers.Fills) -> Precision:
-    """One of PyTorch's own recipes with exact scales that fill a chosen share of the range."""
-    return Precision(recipe, layers, weights=lambda: layers.quantized_init(recipe, fills))
-
-
-def recipes(te: types.ModuleType | None) -> dict[str, Precision]:
-    """The FP8 recipes that run here, by name: Transformer Engine's where it runs, and PyTorch's own."""
-    own = {
-        name: Precision(
-            name,
-            layers,
-            weights=lambda name=name: layers.quantized_init(name),
-            calibrate=layers.calibrating if name == "delayed" else None,
-        )
-        for name in layers.RECIPES
-    }
-    own["tuned"] = filled("tuned", (1.0, 1.0))  # until accuracy.tune has chosen
-    return own | (_transformer_engine_recipes(te) if te else {})
-
-
-def _transformer_engine_recipes(te: types.ModuleType) -> dict[str, Precision]:
-    from transformer_engine.common.recipe import DelayedScaling, Float8BlockScaling, Float8CurrentScaling, Format
-
-    def precision(name: str, recipe: object) -> Precision:
-        return Precision(
-            name,
-            te,
-            weights=lambda: te.quantized_model_init(enabled=True, recipe=recipe),
-            compute=lambda: te.autocast(enabled=True, recipe=recipe),
-        )
-
-    @contextlib.contextmanager
-    def calibrate() -> object:
-        # Scales are renewed when the context ends, and only where gradients are enabled.
-        with torch.enable_grad(), te.autocast(enabled=True, recipe=delayed):
-            yield
-
-    # E4M3 in the forward pass, E5M2 (more range) for gradients. The chapter's `interval` is gone from this class.
-    delayed = DelayedScaling(margin=0, fp8_format=Format.HYBRID)
-    found = {
-        "delayed": replace(precision("delayed", delayed), calibrate=calibrate),
-        "current": precision("current", Float8CurrentScaling()),
-    }
-    if te.is_fp8_block_scaling_available():
-        found["block"] = precision("block", Float8BlockScaling())
-    return found
+def fastest_attention(q: torch.Tensor) -> AbstractContextManager:
+    """Inside, attention on a GPU takes the fastest kernel that supports its shapes."""
+    if q.device.type == "cpu":
+        return contextlib.nullcontext()
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
 
 
 def calibrate(model: nn.Module, precision: Precision, batches: Iterable[torch.Tensor]) -> None:
-    """Let delayed scaling see what it will have to represent; other recipes need none.
+    """Show delayed scaling the values that it will have to represent; other recipes need no calibration.
 
     Args:
-        model: with BF16 weights, on `precision.library`'s modules.
+        model: with BF16 weights, on `precision.te`'s layers.
         precision: a recipe.
         batches: inputs of the model; at least two, because the first one still runs with scale 1.
     """
-    if precision.calibrate is None:
+    if not precision.calibrated:
         return
     for batch in batches:
-        with precision.calibrate():
+        # Transformer Engine updates scales when the context ends, and only where gradients are enabled.
+        with torch.enable_grad(), precision.compute():
             model(batch)
 
 
@@ -122,10 +101,10 @@ def load_quantized(target: nn.Module, source: nn.Module, precision: Precision) -
     """Fill `target`, created in `precision.weights()`, from the BF16 weights and calibrated scales of `source`.
 
     Raises:
-        CannotRun: the two have not the same weights. Scales may be missing: not every recipe is calibrated.
+        CannotRun: their weights have different names. Scales may be missing: not every recipe is calibrated.
     """
     state = source.state_dict()
-    if precision.calibrate is None:  # the scales of another recipe mean nothing to this one
+    if not precision.calibrated:  # the scales of another recipe mean nothing to this one
         state = {name: value for name, value in state.items() if not name.endswith(CALIBRATED)}
     with torch.no_grad():
         missing, unexpected = target.load_state_dict(state, strict=False)
@@ -152,13 +131,13 @@ def require_multiples(**sizes: int) -> None:
 
 
 def pad_rows(rows: torch.Tensor) -> torch.Tensor:
-    """A matrix with zero rows added until FP8 takes their number; itself where it does already."""
+    """A matrix with zero rows added until FP8 takes their number."""
     missing = -rows.shape[0] % TOKENS_MULTIPLE
     return nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
 def padded_rows(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """`layer` on x [..., K], with zero rows added so that FP8 takes the number of tokens, and taken away again."""
+    """`layer` on x [..., K], with zero rows added so that FP8 takes the number of tokens, and removed again."""
     rows = x.reshape(-1, x.shape[-1])
     y = layer(pad_rows(rows))
     return y[: rows.shape[0]].view(*x.shape[:-1], y.shape[-1])

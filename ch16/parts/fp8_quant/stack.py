@@ -1,12 +1,12 @@
-"""A stack of blocks in BF16 and in FP8, side by side: bytes of weights, agreement of outputs, tokens/s."""
+"""A stack of blocks in BF16 and in FP8: bytes of weights, agreement of outputs, tokens/s."""
 
 from collections.abc import Callable
 
 import torch
 import torch.nn as nn
 
-from ch16.parts.fp8_quant.precision import Precision, bf16, calibrate, held_bytes, load_quantized
-from ch16.parts.fp8_quant.sizes import Sizes
+from ch16.parts.fp8_quant.precision import Precision, calibrate, held_bytes, load_quantized
+from ch16.parts.fp8_quant.sizes import Fp8Sizes
 from common.cli import CannotRun
 from common.device import synchronise
 from common.gpu import Machine
@@ -30,33 +30,36 @@ STACK_COLUMNS = (
     Column("tokens", "tokens at once", ",d"),
     Column("bf16_tokens_per_s", "BF16 tok/s", ",.0f"),
     Column("fp8_tokens_per_s", "FP8 tok/s", ",.0f"),
-    Column("speedup", "FP8 / BF16", ".2f"),
+    Column("speedup", "FP8 speed-up", ".2f"),
     Column("bf16_eager", "BF16 eager tok/s", ",.0f"),
     Column("fp8_eager", "FP8 eager tok/s", ",.0f"),
-    Column("graph_gain", "FP8 graph / eager", ".1f"),
+    Column("graph_gain", "FP8 graph speed-up", ".1f", detail=True),
 )
 
 
 @torch.no_grad()
 def measure_stack(
-    build: Callable[[Precision], nn.Module], precision: Precision, machine: Machine, sizes: Sizes, seed: int
+    build: Callable[[Precision], nn.Module], precision: Precision, machine: Machine, sizes: Fp8Sizes, seed: int
 ) -> tuple[dict, list[dict]]:
-    """Blocks in BF16 and with the same weights in FP8: the memory row, and where FP8 has units the rows of speed.
+    """Blocks in BF16, and with the same weights in FP8.
 
     Args:
         build: makes the stack in a precision: a module called with (x [B, S, H], caches, position).
-        precision: an FP8 recipe; the twin in BF16 is made of the same library's modules.
+        precision: an FP8 recipe; the twin in BF16 is made of the same library's layers.
         machine: where it runs.
         sizes: of the stack and of its inputs.
         seed: for weights and inputs.
 
+    Returns:
+        A row of MEMORY_COLUMNS and, on a machine with FP8 units, rows of STACK_COLUMNS.
+
     Raises:
-        CannotRun: the two outputs differ by more than FP8 explains.
+        CannotRun: the outputs differ by more than FP8 explains.
     """
     device = machine.device
     torch.manual_seed(seed)
     x = torch.randn(sizes.prefill // sizes.sequence, sizes.sequence, sizes.hidden, dtype=torch.bfloat16, device=device)
-    twin, twin_bytes = _allocating(lambda: build(bf16(precision.library)), device)
+    twin, twin_bytes = _allocating(lambda: build(precision.bf16()), device)
     for weight in twin.parameters():
         if weight.dim() == 2:  # keeps variances at one: with sharper attention than a trained model's, errors grow
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
@@ -104,7 +107,7 @@ def _speed_row(precision: Precision, phase: str, tokens: int, rates: dict, eager
 
 
 def _allocating(build: Callable[[], nn.Module], device: str) -> tuple[nn.Module, int]:
-    """A model and the memory it took."""
+    """A model and the bytes that it takes."""
     if device == "cpu":
         model = build()
         return model, held_bytes(model)
@@ -115,7 +118,7 @@ def _allocating(build: Callable[[], nn.Module], device: str) -> tuple[nn.Module,
 
 
 def _activation_peak(work: Callable[[], object]) -> int:
-    """Bytes that `work` needs at its worst moment beyond what was allocated before."""
+    """The most bytes that `work` allocates at once, beyond those allocated before."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     work()

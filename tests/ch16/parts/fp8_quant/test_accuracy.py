@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from ch16.parts.fp8_quant import accuracy, layers
 from ch16.parts.fp8_quant.accuracy import Scores
-from ch16.parts.fp8_quant.precision import bf16, recipes
-from ch16.parts.fp8_quant.sizes import Sizes
+from ch16.parts.fp8_quant.precision import Precision
+from ch16.parts.fp8_quant.sizes import Fp8Sizes
 from common.cli import CannotRun
 
-RECIPES = recipes(None)
-BF16 = bf16(None)
+RECIPES = {name: Precision(name, layers, scaling) for name, scaling in layers.RECIPES.items()}
+BF16 = Precision("BF16")
 
 
 def llama(**changes):
@@ -55,7 +55,7 @@ def test_comparison_by_hand():
 
 
 def test_windows():
-    kept_back = accuracy.CALIBRATION_TOKENS // 10
+    kept_back = accuracy.CALIBRATION_WINDOWS
     windows = accuracy.windows_of("abcdefghij" * 1000, Letters(), 10, tokens=90)
     assert windows.shape == (10 + kept_back, 10)
     assert windows.flatten().tolist() == [ord(c) for c in "abcdefghij" * (10 + kept_back)]
@@ -76,31 +76,11 @@ def test_convert_and_restore(recipe):
     restore = accuracy.convert(model, names[:-3], RECIPES[recipe], windows.split(2))
     assert all(isinstance(model.get_submodule(name), layers.Linear) for name in names[:-3])
     assert all(isinstance(model.get_submodule(name), torch.nn.Linear) for name in names[-3:])
-    after = model(windows).logits
+    with RECIPES[recipe].compute():
+        after = model(windows).logits
     assert 0 < ((after - before).norm() / before.norm()).item() < 0.2
     restore()
     assert torch.equal(model(windows).logits, before)
-
-
-def test_tuning_takes_the_fill_that_reads_best(monkeypatch):
-    """The weights' fill is chosen with activations in BF16, the activations' with those weights."""
-    model, windows = llama(), torch.randint(0, 300, (2, 32))
-    monkeypatch.setattr(accuracy, "FILLS", [1.0, 0.8, 0.6])
-    tried, real = [], accuracy.score
-
-    def score(network, text, batch, precision, label):
-        layer = network.get_submodule("model.layers.0.mlp.up_proj")
-        tried.append((precision.name, layer.fills))
-        scores = real(network, text, batch, precision, label)
-        wish = {("weights", (0.8, None)): 1.0, ("tuned", (0.8, 0.6)): 0.5}
-        return Scores(torch.tensor([wish.get(tried[-1], 2.0)]), scores.choice, scores.truth)
-
-    monkeypatch.setattr(accuracy, "score", score)
-    precision = accuracy.tune(model, list(accuracy.linears(model)), windows, 2)
-    assert tried == [("weights", (f, None)) for f in (1.0, 0.8, 0.6)] + [("tuned", (0.8, f)) for f in (1.0, 0.8, 0.6)]
-    with precision.weights():
-        assert layers.Linear(16, 16).fills == (0.8, 0.6)
-    assert isinstance(model.get_submodule("model.layers.0.mlp.up_proj"), torch.nn.Linear)
 
 
 def test_models_without_linear_layers_are_refused():
@@ -139,13 +119,12 @@ def test_hardest_input_is_the_one_with_the_largest_outliers():
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-def test_rows_of_the_measurement(monkeypatch):
+def test_rows_of_the_measurement():
     """Every recipe on the trial, delayed twice, the best on everything; the model is as before."""
-    monkeypatch.setattr(accuracy, "CALIBRATION_TOKENS", 128)
     model, windows = llama(), torch.randint(0, 300, (12 + 4, 32))
-    sizes = Sizes(window=32, batch=4, trial_tokens=62)
+    sizes = Fp8Sizes(window=32, batch=4, trial_tokens=62)
     before = model(windows).logits
-    rows = accuracy.measure_accuracy(model, windows, BF16, list(RECIPES.values()), sizes)
+    rows = accuracy.measure_accuracy(model, windows, list(RECIPES.values()), sizes)
     assert [row["recipe"] for row in rows[:3]] == ["BF16", "delayed, not calibrated", "delayed"]
     assert [row["tokens"] for row in rows] == [12 * 31] + [62] * (len(rows) - 2) + [12 * 31]
     assert rows[0]["weight_ratio"] == 1 and all(0.5 <= row["weight_ratio"] < 0.9 for row in rows[1:])
@@ -153,9 +132,8 @@ def test_rows_of_the_measurement(monkeypatch):
     assert torch.equal(model(windows).logits, before)
 
 
-def test_a_trial_of_everything_is_not_repeated(monkeypatch):
-    monkeypatch.setattr(accuracy, "CALIBRATION_TOKENS", 128)
-    sizes = Sizes(window=32, batch=4, trial_tokens=10_000)
-    rows = accuracy.measure_accuracy(llama(), torch.randint(0, 300, (8 + 4, 32)), BF16, [RECIPES["row"]], sizes)
+def test_a_trial_of_everything_is_not_repeated():
+    sizes = Fp8Sizes(window=32, batch=4, trial_tokens=10_000)
+    rows = accuracy.measure_accuracy(llama(), torch.randint(0, 300, (8 + 4, 32)), [RECIPES["row"]], sizes)
     assert len({row["recipe"] for row in rows}) == len(rows)
     assert rows[-1]["perplexity"] == min(row["perplexity"] for row in rows[1:])

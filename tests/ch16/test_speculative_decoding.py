@@ -1,76 +1,191 @@
-"""The claim, the crossover, what is refused before anything slow, and the script on the real engine."""
+"""The loop: greedy answers token for token, sampled ones by their distribution, the cache after each pass. Engines in
+turn, what is refused before anything slow, and the script on the real engine."""
 
+import itertools
+import math
 import sys
 from dataclasses import replace
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ch16 import speculative_decoding
-from ch16.parts.speculative_decoding.drafts import load_tokenizer
-from ch16.parts.speculative_decoding.waves import Wave
-from ch16.speculative_decoding import (
-    checked_texts,
-    claim,
-    context_needed,
-    crossover,
-    engine_settings,
-    main,
-    measure_engine,
-    sizes_for,
-    slower_where,
-)
+from ch16.parts.speculative_decoding.cached import CachedModel, draw, to_distributions
+from ch16.parts.speculative_decoding.checks import load_tokenizer
+from ch16.parts.speculative_decoding.drafts import ModelDraft, NgramDraft, first_layers
+from ch16.parts.speculative_decoding.sizes import sizes_for
+from ch16.parts.speculative_decoding.waves import DecodedWave
+from ch16.speculative_decoding import decode, main, measure_engine, residual, speculate, verify
 from common import models
 from common.cli import CannotRun
 from common.gpu import detect
+from tests.ch16.parts.speculative_decoding.tiny import VOCABULARY, generator, one_thread_each, prompt_of, tiny
 
 PART = "ch16.parts.speculative_decoding"
 
-
-@pytest.mark.parametrize(
-    ("speedups", "expected"),
-    [
-        ({1: 2.0, 2: 1.5, 4: 1.1}, None),
-        ({1: 2.0, 2: 1.0, 4: 0.9, 8: 0.8}, 4),
-        ({1: 0.9, 2: 0.8}, 1),
-        ({8: 0.7, 1: 0.99, 2: 1.2, 4: 0.9}, 4),  # in any order; a small batch that was slower by chance does not count
-    ],
-)
-def test_the_crossover(speedups, expected):
-    assert crossover([{"batch": batch, "speedup": ratio} for batch, ratio in speedups.items()]) == expected
+one_thread = pytest.fixture(autouse=True)(one_thread_each)
 
 
-@pytest.mark.parametrize(
-    ("speedups", "expected"),
-    [
-        ({1: 2.0, 8: 0.9, 64: 0.8}, "from 8 requests at once"),
-        ({1: 0.9, 8: 0.9, 64: 0.8}, "at every batch"),
-        ({1: 2.0, 8: 0.9, 64: 1.1}, "at 8, not beyond"),
-        ({1: 2.0, 8: 1.0, 64: 1.1}, "nowhere up to 64"),
-    ],
-)
-def test_where_it_is_slower_is_said(speedups, expected):
-    assert slower_where([{"batch": batch, "speedup": ratio} for batch, ratio in speedups.items()]) == expected
+@pytest.fixture(scope="module")
+def target():
+    return tiny(layers=3, seed=0)
 
 
-def rows_of(copying, free, how="n-gram"):
-    ratios = {"copying": (copying, 0.9), "free": (free, 0.8)}
-    return [
-        {"how": how, "text": text, "batch": batch, "speedup": ratio, "same": "3 of 4", "gap": 0.02}
-        for text, of_text in ratios.items()
-        for batch, ratio in zip((1, 8), of_text, strict=True)
-    ]
+@pytest.fixture(scope="module")
+def drafts(target):
+    """Some that are right at times, one that always is, one that nearly never is."""
+    another = tiny(layers=1, seed=1)
+    return {
+        "n-gram": lambda: NgramDraft(VOCABULARY),
+        "first layers": lambda: ModelDraft(first_layers(target, 2)),
+        "itself": lambda: ModelDraft(target),
+        "another": lambda: ModelDraft(another),
+    }
 
 
-@pytest.mark.parametrize(
-    ("copying", "free", "verdict"), [(1.31, 0.9, "holds"), (1.29, 2.0, "fails"), (3.0, 0.5, "holds")]
-)
-def test_the_claim_is_judged_on_copying_text(copying, free, verdict):
-    rows = rows_of(copying, free) + rows_of(9.0, 9.0, how="EAGLE")
-    found = claim(rows, [{"how": "vLLM, n-gram", "text": "copying", "ratio": 1.02}], target=1.3)
-    assert found.verdict == verdict and f"{copying:.2f} times" in found.measured and f"{free:.2f} on" in found.measured
-    slower = "copying from 8 requests at once, free " + ("at every batch" if free < 1 else "from 8")
-    assert "3 of 4, the others part between tokens 0.02 apart" in found.measured
-    assert "predicted 1.02" in found.measured and slower in found.measured
+def tokens_of(steps):
+    return [token for step in steps for token in step.tokens]
+
+
+# ---- greedy ----
+
+
+@pytest.mark.parametrize("gamma", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("name", ["n-gram", "first layers", "itself", "another"])
+def test_greedy_answers_are_those_of_plain_decoding(target, drafts, name, gamma):
+    accepted = drafted = 0
+    for seed, tokens_out in itertools.product(range(5), (1, 2, 23)):
+        prompt = prompt_of(seed)
+        plain = tokens_of(decode(CachedModel(target), prompt, tokens_out, generator()))
+        steps = list(speculate(CachedModel(target), drafts[name](), prompt, tokens_out, gamma, generator()))
+        assert tokens_of(steps) == plain and len(plain) == tokens_out
+        assert all(1 <= len(step.tokens) <= step.drafted + 1 <= gamma + 1 for step in steps)
+        accepted += sum(len(step.tokens) - 1 for step in steps)
+        drafted += sum(step.drafted for step in steps)
+    assert drafted > 0
+    if name == "itself":
+        assert accepted == drafted
+    else:
+        assert accepted < drafted, "the rejection was tested, too"
+    if name in ("n-gram", "first layers"):
+        assert accepted > 0
+
+
+# ---- the cache ----
+
+
+@pytest.mark.parametrize("name", ["n-gram", "first layers", "another"])
+def test_the_cache_is_as_if_only_the_answer_had_been_computed(target, drafts, name):
+    prompt, model = prompt_of(0), CachedModel(target)
+    tokens = list(prompt)
+    for step in speculate(model, drafts[name](), prompt, 20, 4, generator()):
+        tokens += step.tokens
+        fresh = CachedModel(target)
+        fresh.distributions(tokens[:-1], 1)
+        assert model.cache.get_seq_length() == len(tokens) - 1
+        for kept, computed in zip(model.cache.layers, fresh.cache.layers, strict=True):
+            torch.testing.assert_close(kept.keys, computed.keys, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(kept.values, computed.values, atol=1e-4, rtol=1e-4)
+
+
+def test_a_pass_computes_only_what_is_new(target, drafts, monkeypatch):
+    lengths, forward = [], target.forward
+    monkeypatch.setattr(
+        target, "forward", lambda **inputs: lengths.append(inputs["input_ids"].shape[1]) or forward(**inputs)
+    )
+    steps = list(speculate(CachedModel(target), drafts["n-gram"](), prompt_of(0), 20, 4, generator()))
+    assert lengths == [12 + steps[0].drafted, *(1 + step.drafted for step in steps[1:])]
+
+
+# ---- sampled: chi-square on a vocabulary of four ----
+
+
+class Table:
+    """A model of four tokens: the next one depends on the last."""
+
+    def __init__(self, seed):
+        self.logits = 1.5 * torch.randn(4, 4, generator=generator(seed))
+
+    def distributions(self, tokens, count):
+        return to_distributions(self.logits[torch.tensor(tokens[-count:])], TEMPERATURE)
+
+    def rollback(self, length):
+        pass
+
+
+class TableDraft(Table):
+    """Another such model, as a draft."""
+
+    def propose(self, tokens, gamma, rng):
+        guess = []
+        for _ in range(gamma):
+            guess.append(draw(self.distributions([*tokens, *guess], 1)[0], rng))
+        return guess, self.distributions([*tokens, *guess[:-1]], gamma) if guess else torch.empty(0, 4)
+
+
+PROMPT, LENGTH, TEMPERATURE, SAMPLES = [0, 1, 2, 3, 0, 1], 3, 0.8, 4000
+
+
+def chi_square(draft, seed=0):
+    """Chi-square of the answers over what the target alone gives, as a number of standard deviations (about)."""
+    target, rng = Table(seed=1), generator(seed)
+    table = to_distributions(target.logits, TEMPERATURE)
+    expected = {}
+    for answer in itertools.product(range(4), repeat=LENGTH):
+        path = itertools.pairwise([PROMPT[-1], *answer])
+        expected[answer] = SAMPLES * math.prod(float(table[last, token]) for last, token in path)
+    seen = dict.fromkeys(expected, 0)
+    for _ in range(SAMPLES):
+        seen[tuple(tokens_of(speculate(target, draft, PROMPT, LENGTH, 2, rng)))] += 1
+    rare = [answer for answer, count in expected.items() if count < 5]  # too few for the test: counted as one
+    cells = [(seen[answer], count) for answer, count in expected.items() if count >= 5]
+    cells.append((sum(seen[answer] for answer in rare), sum(expected[answer] for answer in rare)))
+    value = sum((count - of) ** 2 / of for count, of in cells)
+    free = len(cells) - 1
+    return ((value / free) ** (1 / 3) - (1 - 2 / (9 * free))) / math.sqrt(2 / (9 * free))  # Wilson and Hilferty, 1931
+
+
+def draft_named(name):
+    return NgramDraft(4) if name == "n-gram" else TableDraft(seed=2)
+
+
+@pytest.mark.parametrize("name", ["n-gram", "model"])
+def test_sampled_answers_have_the_targets_distribution(name):
+    assert abs(chi_square(draft_named(name))) < 4
+
+
+@pytest.mark.parametrize("name", ["n-gram", "model"])
+def test_a_wrong_rule_fails_the_same_test(name, monkeypatch):
+    """The mistake that is made most: to draw from the target's distribution after a rejection."""
+    monkeypatch.setattr(speculative_decoding, "residual", lambda p, q: p)
+    assert chi_square(draft_named(name)) > 8
+
+
+def probabilities(size=5):
+    weights = st.lists(st.integers(0, 9), min_size=size, max_size=size).filter(any)
+    return weights.map(lambda of: torch.tensor(of, dtype=torch.float64) / sum(of))
+
+
+@given(probabilities(), probabilities())
+def test_what_is_kept_and_what_replaces_it_add_up_to_the_target(p, q):
+    kept = torch.minimum(p, q)  # q(x) * min(1, p(x) / q(x))
+    rest = residual(p, q)
+    torch.testing.assert_close(kept + (1 - kept.sum()) * rest / rest.sum(), p)
+
+
+@given(probabilities(), st.lists(st.integers(0, 4), max_size=4), st.integers(0, 99))
+def test_a_greedy_target_keeps_what_it_would_say(p, guess, seed):
+    best = torch.tensor([3, 0, 0, 2, 4])
+    of_target = torch.nn.functional.one_hot(best[: len(guess) + 1], 5).double()
+    q = torch.stack([p + 0.01 for _ in guess]) if guess else torch.empty(0, 5)  # any token may have been drawn
+    accepted, token = verify(of_target, q, guess, generator(seed))
+    agreed = next((i for i, token in enumerate(guess) if token != best[i]), len(guess))
+    assert (accepted, token) == (agreed, int(best[agreed]))
+
+
+# ---- vLLM ----
 
 
 def counters(drafts, accepted):
@@ -84,10 +199,10 @@ def test_engines_are_compared_in_turn(monkeypatch):
     def wave(llm, requests, batch, tokens):
         sent.append((llm, batch))
         if llm == "plain":
-            return Wave([[1, 2], [3, 4]], [(0.4, [1] * batch), (0.4, [1] * batch), (2.2, [1] * batch)] * 4)
+            return DecodedWave([[1, 2], [3, 4]], [(0.4, [1] * batch), (0.4, [1] * batch), (2.2, [1] * batch)] * 4)
         if requests == [[9]]:
-            return Wave([[1, 2], [3, 4]], [(1.3, [3] * batch)] + [(1.5, [1] * batch)] * 9)
-        return Wave([[1, 2], [3, 5]], [(1.2, [3] * batch)] * 4)
+            return DecodedWave([[1, 2], [3, 4]], [(1.3, [3] * batch)] + [(1.5, [1] * batch)] * 9)
+        return DecodedWave([[1, 2], [3, 5]], [(1.2, [3] * batch)] * 4)
 
     monkeypatch.setattr(speculative_decoding, "batched", wave)
     monkeypatch.setattr(speculative_decoding, "read_counters", lambda llm: next(readings))
@@ -107,7 +222,7 @@ def test_engines_are_compared_in_turn(monkeypatch):
 
 def test_an_engine_that_always_drafts_has_no_pass_without(monkeypatch):
     readings = iter([counters(0, 0), counters(12, 12)])
-    monkeypatch.setattr(speculative_decoding, "batched", lambda *_: Wave([[1]], [(1.0, [1])] * 4))
+    monkeypatch.setattr(speculative_decoding, "batched", lambda *_: DecodedWave([[1]], [(1.0, [1])] * 4))
     monkeypatch.setattr(speculative_decoding, "read_counters", lambda llm: next(readings))
     sizes = replace(sizes_for(detect("cpu"), quick=True, tokens=None, gamma=2), rounds=3, batches=(1,))
     _, theory = measure_engine("plain", "fast", "EAGLE", 2, {"copying": [[7]]}, sizes)
@@ -116,35 +231,14 @@ def test_an_engine_that_always_drafts_has_no_pass_without(monkeypatch):
 
 def test_many_requests_at_once_have_rounds_of_their_own(monkeypatch):
     sent = []
-    monkeypatch.setattr(speculative_decoding, "batched", lambda llm, *what: sent.append(llm) or Wave([[1]], [(1, [1])]))
+    monkeypatch.setattr(
+        speculative_decoding, "batched", lambda llm, *what: sent.append(llm) or DecodedWave([[1]], [(1, [1])])
+    )
     monkeypatch.setattr(speculative_decoding, "read_counters", lambda llm: counters(0, 0))
     sizes = sizes_for(detect("cpu"), quick=True, tokens=None, gamma=2)
     sizes = replace(sizes, rounds=5, rounds_together=2, batches=(16,))
     rows, theory = measure_engine("plain", "fast", "n-gram", 2, {"copying": [[7]]}, sizes)
     assert sent == ["plain", "fast"] * (1 + 2) and rows[0]["batch"] == 16 and theory == []
-
-
-def test_two_engines_must_fit(monkeypatch):
-    machine = replace(detect("cpu"), device="cuda", count=1, memory_bytes=80 * 10**9)
-    large = models.dummy("deepseek-coder-33b")
-    with pytest.raises(CannotRun, match="two engines of deepseek-coder-33b share a GPU here"):
-        engine_settings(large, machine, 512, 8)
-    settings = engine_settings(models.dummy("llama-3-8b"), machine, 512, 8)
-    assert settings["gpu_memory_utilization"] == 0.45 and "quantization" not in settings
-
-
-def test_nothing_accepted_is_no_crash():
-    theory = [{"how": "vLLM, n-gram", "text": "copying"}]
-    assert "measured over predicted n/a" in claim(rows_of(1.0, 1.0), theory, 1.3).measured
-
-
-def test_the_chosen_gamma_is_tried_and_tokens_are_taken():
-    sizes = sizes_for(detect("cpu"), quick=True, tokens=None, gamma=6)
-    assert sizes.gammas == (1, 4, 6, 8) and (sizes.loop_tokens, sizes.tokens) == (24, 24)
-    longer = sizes_for(detect("cpu"), quick=True, tokens=None, gamma=25)
-    assert (longer.loop_tokens, longer.tokens) == (27, 27), "a draft of 25 fits into the answer"
-    assert sizes_for(detect("cpu"), quick=False, tokens=None, gamma=100).tokens == 102
-    assert sizes_for(detect("cpu"), quick=False, tokens=77, gamma=4).loop_tokens == 77
 
 
 # ---- what is refused ----
@@ -197,16 +291,9 @@ def test_what_cannot_run_is_one_line(call, flags, message):
 def test_a_draft_that_does_not_fit_is_refused(call, monkeypatch):
     shape = models.dummy("tiny-llama")
     monkeypatch.setattr(models, "resolve", lambda name, machine: shape if name == "small" else models.bundled())
-    monkeypatch.setattr(f"{PART}.drafts.load_tokenizer", lambda model: load_tokenizer(models.bundled()))
+    monkeypatch.setattr(f"{PART}.checks.load_tokenizer", lambda model: load_tokenizer(models.bundled()))
     with pytest.raises(CannotRun, match="their tokenizers do not match"):  # 512 tokens against 49,152
         call("--draft", "small")
-
-
-def test_there_is_room_for_prompt_answer_and_draft():
-    sizes = sizes_for(detect("cpu"), quick=True, tokens=None, gamma=4)
-    texts = checked_texts(models.bundled(), None, sizes)
-    assert {name: len(of_text) for name, of_text in texts.items()} == {"copying": 2, "free": 2}
-    assert context_needed(texts, sizes) == max(map(len, texts["copying"])) + 24 + 8
 
 
 # ---- the script ----

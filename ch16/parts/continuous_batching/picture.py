@@ -20,6 +20,8 @@ def plot(
         decode: rows of DECODE_COLUMNS.
         slots: of the engine in those runs.
     """
+    from matplotlib.ticker import LogLocator, MultipleLocator, NullLocator
+
     figure, (running, sizes) = draw(2)
     shown_s, means = 0.0, []
     for (name, timeline), colour in zip(timelines.items(), ("baseline", "variant"), strict=True):
@@ -32,26 +34,31 @@ def plot(
     running.set(
         title="requests running", xlabel="seconds", ylabel="requests", ylim=(0, 1.05 * slots), xlim=(0, shown_s)
     )
+    running.yaxis.set_major_locator(MultipleLocator(max(1, slots // 8)))
     legend_below(running)
 
     ms, rates = [row["ms"] for row in decode], [row["tokens_per_s"] for row in decode]
-    sizes.plot(ms, rates, "-", color=COLOURS["quiet"])
-    for label, rows in (("batch", decode), ("knee", [row for row in decode if row["mark"]])):
-        points = [row["ms"] for row in rows], [row["tokens_per_s"] for row in rows]
-        sizes.plot(*points, "o", ms=9, color=COLOURS["quiet" if label == "batch" else "variant"], label=label)
+    knee = [row for row in decode if row["mark"]]
+    sizes.plot(ms, rates, "o-", ms=9, color=COLOURS["quiet"], label="batch size")
+    sizes.plot(
+        [row["ms"] for row in knee],
+        [row["tokens_per_s"] for row in knee],
+        "o",
+        ms=12,
+        color=COLOURS["variant"],
+        label="knee",
+    )
     for row in decode:
-        at = row["ms"], row["tokens_per_s"]
-        sizes.annotate(f"{row['batch']}", at, xytext=(9, -5), textcoords="offset points")
-    sizes.set(title="decode by batch size", xlabel="ms per token", ylabel="output tok/s", xlim=(0, 1.12 * max(ms)))
-    sizes.set_yscale("log", base=10)
+        sizes.annotate(f"{row['batch']}", (row["ms"], row["tokens_per_s"]), xytext=(9, -17), textcoords="offset points")
+    sizes.set(title="decode by batch size", xlabel="ms per token", ylabel="output tok/s", xlim=(0, 1.1 * max(ms)))
+    sizes.set(yscale="log", ylim=(0.7 * min(rates), 1.3 * max(rates)))
+    sizes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    sizes.yaxis.set_minor_locator(NullLocator())
     sizes.yaxis.set_major_formatter("{x:,g}")
     legend_below(sizes)
-    knee = span(*(row["batch"] for row in knee_of(decode)))
-    save_plot(
-        figure,
-        path,
-        f"Of {slots} slots, continuous batching keeps {means[1]:.1f} busy and fixed batches {means[0]:.1f}; "
-        f"decode gives the most throughput per latency at batch {knee}",
-        model,
-        machine,
+    at = span(*(row["batch"] for row in knee_of(decode)))
+    message = (
+        f"Continuous batching keeps {means[1]:.1f} of {slots} slots busy, fixed batches {means[0]:.1f}; "
+        f"decode gives the most throughput per latency at batch {at}"
     )
+    save_plot(figure, path, message, model, machine)

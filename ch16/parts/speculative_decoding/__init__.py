@@ -1,1 +1,1 @@
-"""Parts of ../speculative_decoding.py: the loop, its drafts, the theory, the real engine."""
+"""Parts of speculative_decoding.py: drafts, the lab of the loop, vLLM, theory, tables, claims, the picture."""

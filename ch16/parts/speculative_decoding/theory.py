@@ -1,25 +1,7 @@
-"""How many tokens a step gives, and what that is worth. Formulas of Leviathan et al., arXiv 2211.17192, section 3."""
+"""Tokens per pass and speed-up, predicted. Formulas of Leviathan et al., arXiv 2211.17192, section 3."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-from common.results import Column
-
-THEORY_COLUMNS = (
-    Column("how", "draft"),
-    Column("text", "text"),
-    Column("gamma", "gamma", "d"),
-    Column("share_percent", "passes with a draft %", ".0f"),
-    Column("alpha", "alpha", ".3f"),
-    Column("expected", "tokens from a draft, formula", ".2f"),
-    Column("length", "measured", ".2f"),
-    Column("verify_cost", "verify, in decode steps", ".2f"),
-    Column("draft_cost", "draft a token, in decode steps", ".3f"),
-    Column("idle_cost", "a pass without a draft, in decode steps", ".2f"),
-    Column("predicted", "speed-up predicted", ".2f"),
-    Column("speedup", "measured", ".2f"),
-    Column("ratio", "measured/predicted", ".2f"),
-)
 
 
 @dataclass(frozen=True)
@@ -33,26 +15,26 @@ class Counts:
 
     @property
     def alpha(self) -> float | None:
-        """Acceptance rate: the chance that a token is accepted if those before it were. None without drafts.
+        """Acceptance rate: the chance that a token is accepted if all before it were. None without drafts.
 
-        A draft is a row of trials that ends with the first rejection, so not every drafted token was tried.
+        A draft is a row of trials that ends at the first rejection, so not every drafted token was tried.
         """
         trials = self.accepted + self.drafts - self.complete
         return self.accepted / trials if trials else None
 
     @property
     def share(self) -> float:
-        """Passes with a draft, of all."""
+        """Passes with a draft over all passes."""
         return self.drafts / self.steps
 
     @property
     def accepted_length(self) -> float | None:
-        """Tokens that a pass with a draft gave: the accepted, and the target's own. None without drafts."""
+        """Tokens per pass with a draft: the accepted ones, and the target's own. None without drafts."""
         return 1 + self.accepted / self.drafts if self.drafts else None
 
 
 def expected_tokens(alpha: float, gamma: int) -> float:
-    """Tokens of a step that verifies `gamma` drafted ones: (1 - alpha^(gamma + 1)) / (1 - alpha), equation 1.
+    """Tokens of a pass that verifies `gamma` drafted ones: (1 - alpha^(gamma + 1)) / (1 - alpha), equation 1.
 
     Raises:
         ValueError: alpha is not a probability, or gamma is negative.
@@ -65,51 +47,21 @@ def expected_tokens(alpha: float, gamma: int) -> float:
 def speedup(
     alpha: float, gamma: int, verify_cost: float, draft_cost: float = 0.0, share: float = 1.0, idle_cost: float = 1.0
 ) -> float:
-    """Tokens a second over those of plain decoding.
+    """Tokens/s over those of plain decoding.
 
-    Theorem 3.8 of the paper, without its assumption that verifying costs no more than decoding, and for drafts that
-    are not always to be had.
+    Theorem 3.8 of the paper, without its assumptions that verifying costs no more than decoding, and that every pass
+    has a draft.
 
     Args:
         verify_cost: a pass over gamma + 1 tokens, in decode steps of the target.
-        draft_cost: a drafted token, in the same unit.
-        share: of the passes that have a draft.
-        idle_cost: a pass that has none, in decode steps: an engine made for drafts may take longer for it.
+        draft_cost: a drafted token, in decode steps.
+        share: passes with a draft over all passes.
+        idle_cost: a pass without a draft, in decode steps: an engine with speculation may take longer for it.
     """
     tokens = share * expected_tokens(alpha, gamma) + 1 - share
     return tokens / (share * (verify_cost + gamma * draft_cost) + (1 - share) * idle_cost)
 
 
 def best_gamma(alpha: float, verify_costs: Mapping[int, float], draft_cost: float = 0.0, share: float = 1.0) -> int:
-    """The draft length, of those whose `verify_costs` are known, with the largest `speedup`."""
+    """The draft length with the largest `speedup`, among those in `verify_costs`."""
     return max(verify_costs, key=lambda gamma: speedup(alpha, gamma, verify_costs[gamma], draft_cost, share))
-
-
-def theory_row(
-    how: str,
-    text: str,
-    gamma: int,
-    counts: Counts,
-    verify_cost: float | None,
-    draft_cost: float | None,
-    measured: float,
-    idle_cost: float = 1.0,
-) -> dict:
-    """A row of THEORY_COLUMNS; nothing is predicted where nothing was drafted.
-
-    Args:
-        draft_cost: None: `verify_cost` holds it.
-        measured: the speed-up.
-        idle_cost: as in `speedup`; in our loop a pass without a draft is a decode step.
-    """
-    row = {"how": how, "text": text, "gamma": gamma, "share_percent": 100 * counts.share, "alpha": counts.alpha}
-    row |= {"length": counts.accepted_length, "verify_cost": verify_cost, "draft_cost": draft_cost}
-    row |= {"speedup": measured, "idle_cost": idle_cost}
-    if counts.alpha is None or verify_cost is None:
-        return row
-    predicted = speedup(counts.alpha, gamma, verify_cost, draft_cost or 0.0, counts.share, idle_cost)
-    return row | {
-        "expected": expected_tokens(counts.alpha, gamma),
-        "predicted": predicted,
-        "ratio": measured / predicted,
-    }

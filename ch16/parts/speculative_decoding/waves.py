@@ -1,4 +1,4 @@
-"""A wave of requests, however decoded: its answers, its steps, how it compares with another."""
+"""A wave of requests, decoded by our loop or by vLLM: its answers, its steps, how it compares with another."""
 
 import itertools
 import time
@@ -6,26 +6,21 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from ch16.parts.speculative_decoding.loop import Step
 from ch16.parts.speculative_decoding.theory import Counts
+
+LoopPass = tuple[list[int], int]  # the tokens that one pass of the target gave, and how many were drafted for it
 
 
 @dataclass
-class Wave:
-    """Answers, and the steps after all of them had begun: the seconds each took, the tokens it gave to each request."""
+class DecodedWave:
+    """Answers, and the steps after all answers had begun: seconds, and tokens per request."""
 
     answers: list[list[int]] = field(default_factory=list)
     steps: list[tuple[float, list[int]]] = field(default_factory=list)
 
-    def __iadd__(self, other: "Wave") -> "Wave":
-        """Another wave after this one."""
-        self.answers += other.answers
-        self.steps += other.steps
-        return self
-
     @property
     def tokens_per_s(self) -> float:
-        """Of decoding alone: the prefill, and with it each first token, is not counted."""
+        """Of decoding alone: the prefill, which gives each first token, is not counted."""
         return sum(sum(new) for _, new in self.steps) / sum(seconds for seconds, _ in self.steps)
 
     @property
@@ -35,65 +30,93 @@ class Wave:
 
     @property
     def tokens_per_pass(self) -> float:
-        """Tokens that a pass gives a request."""
+        """Tokens per pass and request."""
         return sum(sum(new) for _, new in self.steps) / self.passes
 
     def step_seconds(self, gave_more: bool | None = None) -> float | None:
         """Mean of the steps; None if there are none.
 
-        Not the median: what is to be explained is a sum of steps, and an engine that schedules ahead returns them in
-        uneven gaps.
+        Not the median: it has to explain a sum of steps, and an engine that schedules ahead returns them in uneven
+        gaps.
 
         Args:
-            gave_more: True for those that gave a request more than one token, and so verified a draft; False for those
-                that gave one: they had none, or it was wrong from the start.
+            gave_more: True for steps that gave a request more than one token, and so verified a draft; False for steps
+                that gave one token: they had no draft, or its first token was rejected.
         """
         seconds = [seconds for seconds, new in self.steps if gave_more in (None, max(new) > 1)]
         return fmean(seconds) if seconds else None
 
 
-def joined(waves: Iterable[Wave]) -> Wave:
-    """All of them, one after another."""
-    total = Wave()
-    for wave in waves:
-        total += wave
-    return total
+@dataclass(frozen=True)
+class WavePair:
+    """The same requests without and with speculation: all rounds of each engine, and what became of the drafts."""
+
+    counts: Counts
+    plain: DecodedWave
+    speculative: DecodedWave
+
+    @property
+    def speedup(self) -> float:
+        """Of all rounds together."""
+        return self.speculative.tokens_per_s / self.plain.tokens_per_s
+
+    @property
+    def verify_cost(self) -> float | None:
+        """A pass that verified a draft, in decode steps of the same rounds, so that a slow host slows both."""
+        seconds = self.speculative.step_seconds(gave_more=True)
+        return seconds and seconds / self.plain.step_seconds()
+
+    @property
+    def idle_cost(self) -> float | None:
+        """A pass without a draft, in decode steps; None on a text where most passes that gave one token had one."""
+        seconds = self.speculative.step_seconds(gave_more=False)
+        return seconds / self.plain.step_seconds() if seconds and self.counts.share < 0.5 else None
 
 
-def timed(steps: Iterable[Step]) -> tuple[Wave, list[Step]]:
-    """Run one request of the loop. Returns it as a wave, and its steps after the first, which holds the prefill."""
-    wave, after_first, last = Wave([[]]), [], None
-    for step in steps:
+def joined(waves: Iterable[DecodedWave]) -> DecodedWave:
+    """All waves, one after another."""
+    waves = list(waves)
+    return DecodedWave([a for wave in waves for a in wave.answers], [step for wave in waves for step in wave.steps])
+
+
+def timed(passes: Iterable[LoopPass]) -> tuple[DecodedWave, list[LoopPass]]:
+    """Run one request of the loop: its wave, and its passes after the first, which holds the prefill."""
+    wave, after_first, last = DecodedWave([[]]), [], None
+    for tokens, drafted in passes:
         now = time.perf_counter()
-        wave.answers[0].extend(step.tokens)
+        wave.answers[0].extend(tokens)
         if last is not None:
-            wave.steps.append((now - last, [len(step.tokens)]))
-            after_first.append(step)
+            wave.steps.append((now - last, [len(tokens)]))
+            after_first.append((tokens, drafted))
         last = now
     return wave, after_first
 
 
-def count(steps: Sequence[Step]) -> Counts:
-    """What became of the drafts of these steps."""
-    drafts = [step for step in steps if step.drafted]
-    accepted = sum(len(step.tokens) - 1 for step in drafts)
-    return Counts(len(steps), len(drafts), accepted, sum(len(step.tokens) > step.drafted for step in drafts))
+def count(passes: Sequence[LoopPass]) -> Counts:
+    """What became of the drafts of these passes."""
+    drafts = [(len(tokens) - 1, drafted) for tokens, drafted in passes if drafted]
+    complete = sum(accepted == drafted for accepted, drafted in drafts)
+    return Counts(len(passes), len(drafts), sum(accepted for accepted, _ in drafts), complete)
 
 
 def compare(
-    plain: Sequence[Sequence[int]], other: Sequence[Sequence[int]], gap: Callable[[int, Sequence[int], int, int], float]
+    prompts: Sequence[Sequence[int]],
+    plain: Sequence[Sequence[int]],
+    other: Sequence[Sequence[int]],
+    gap: Callable[[Sequence[int], int, int], float],
 ) -> dict[str, object]:
-    """How many answers are the same, token for token, and how close the choice was where the others part.
+    """How many answers are the same, token for token, and how close the choice was where they differ.
 
     Args:
-        gap: of (request, the tokens so far, one next token, the other): the difference of their log-probabilities.
+        prompts: of the answers, in turn where there are more answers.
+        gap: of (the tokens so far, two next tokens): the difference of their log-probabilities.
 
     Returns:
         `same`, as "3 of 4", and `gap`, the largest; None if all are the same.
     """
     gaps = []
-    for i, (ours, theirs) in enumerate(zip(plain, other, strict=True)):
-        pairs = enumerate(itertools.zip_longest(ours, theirs))
-        if (at := next((at for at, (one, two) in pairs if one != two), None)) is not None:
-            gaps.append(gap(i, ours[:at], ours[at], theirs[at]))
+    for i, (expected, found) in enumerate(zip(plain, other, strict=True)):
+        pairs = enumerate(itertools.zip_longest(expected, found))
+        if (at := next((at for at, (left, right) in pairs if left != right), None)) is not None:
+            gaps.append(gap([*prompts[i % len(prompts)], *expected[:at]], expected[at], found[at]))
     return {"same": f"{len(plain) - len(gaps)} of {len(plain)}", "gap": max(gaps, default=None)}

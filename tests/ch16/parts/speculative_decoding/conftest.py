@@ -1,12 +1,5 @@
-"""Tiny models are computed fastest by one thread: several would wait for each other, above all on a busy machine."""
-
 import pytest
-import torch
 
+from tests.ch16.parts.speculative_decoding.tiny import one_thread_each
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+one_thread = pytest.fixture(autouse=True)(one_thread_each)

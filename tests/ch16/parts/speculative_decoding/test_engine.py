@@ -1,5 +1,6 @@
 """What vLLM is asked for, and what its metrics say; the waves themselves are tested with the script."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,14 +9,16 @@ from ch16.parts.speculative_decoding import engine
 from ch16.parts.speculative_decoding.engine import (
     batched,
     counts_between,
-    draft_config,
     eagle_config,
-    ngram_config,
+    engine_settings,
     read_counters,
+    speculative_configs,
 )
 from ch16.parts.speculative_decoding.theory import Counts
-from ch16.parts.speculative_decoding.waves import Wave
+from ch16.parts.speculative_decoding.waves import DecodedWave
+from common import models
 from common.cli import CannotRun
+from common.gpu import detect
 from common.models import SHAPES, Model
 
 TARGET = Model("/target", "target", SHAPES["llama-3-8b"])
@@ -23,14 +26,13 @@ HEAD = {"num_hidden_layers": 1, "hidden_size": 4096, "vocab_size": 128256}
 
 
 def test_what_vllm_is_asked_for():
-    assert ngram_config(5) == {
-        "method": "ngram",
-        "num_speculative_tokens": 5,
-        "prompt_lookup_max": 3,
-        "prompt_lookup_min": 2,
-    }
-    small = Model("/small", "small", SHAPES["tiny-llama"])
-    assert draft_config(5, small) == {"method": "draft_model", "model": "/small", "num_speculative_tokens": 5}
+    ngram = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
+    assert speculative_configs(5, TARGET) == {"n-gram": ngram}
+    small, head = Model("/small", "small", SHAPES["tiny-llama"]), Model("/head", "head", HEAD)
+    configs = speculative_configs(5, TARGET, small, head)
+    assert list(configs) == ["EAGLE", "smaller model", "n-gram"], "numba last"
+    assert configs["smaller model"] == {"method": "draft_model", "model": "/small", "num_speculative_tokens": 5}
+    assert configs["EAGLE"]["method"] == "eagle" and configs["n-gram"] == ngram
 
 
 @pytest.mark.parametrize(
@@ -84,5 +86,16 @@ def test_counters_between_two_readings():
 @pytest.mark.parametrize(("batch", "waves"), [(1, ["a", "b", "c"]), (2, ["ab", "c"]), (3, ["abc"]), (7, ["abcabca"])])
 def test_batches_hold_every_prompt(monkeypatch, batch, waves):
     sent = []
-    monkeypatch.setattr(engine, "greedy_wave", lambda llm, prompts, n: sent.append("".join(prompts)) or Wave([[n]]))
+    monkeypatch.setattr(
+        engine, "greedy_wave", lambda llm, prompts, n: sent.append("".join(prompts)) or DecodedWave([[n]])
+    )
     assert len(batched(None, "abc", batch, 9).answers) == len(waves) and sent == waves
+
+
+def test_two_engines_must_fit(monkeypatch):
+    machine = replace(detect("cpu"), device="cuda", count=1, memory_bytes=80 * 10**9)
+    large = models.dummy("deepseek-coder-33b")
+    with pytest.raises(CannotRun, match="two engines of deepseek-coder-33b share a GPU here"):
+        engine_settings(large, machine, 512, 8)
+    settings = engine_settings(models.dummy("llama-3-8b"), machine, 512, 8)
+    assert settings["gpu_memory_utilization"] == 0.45 and "quantization" not in settings

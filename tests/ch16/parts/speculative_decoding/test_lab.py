@@ -5,15 +5,14 @@ import pytest
 from ch16.parts.speculative_decoding.drafts import ModelDraft, first_layers
 from ch16.parts.speculative_decoding.lab import (
     PLAIN,
-    Way,
+    LoopConfig,
     draft_seconds,
     exact_rows,
-    gamma_rows,
-    measure_loop,
+    measure_drafts,
     pass_seconds,
 )
-from ch16.parts.speculative_decoding.theory import Counts
-from tests.ch16.parts.speculative_decoding.test_loop import prompt_of, tiny
+from ch16.speculative_decoding import answer
+from tests.ch16.parts.speculative_decoding.tiny import prompt_of, tiny
 
 TEXTS = {"copying": [prompt_of(0) * 2, prompt_of(1) * 2], "free": [prompt_of(2)]}
 
@@ -23,10 +22,10 @@ def network():
     return tiny(layers=3, seed=0)
 
 
-def test_all_ways_are_measured(network):
-    rows, gammas, theory = measure_loop(network, tiny(layers=1, seed=1), TEXTS, 12, 2, (1, 2, 4), seed=0)
+def test_all_drafts_are_measured(network):
+    rows, gammas, theory = measure_drafts(answer, network, tiny(layers=1, seed=1), TEXTS, 12, 2, (1, 2, 4), seed=0)
     copying = [(row["how"], row["gamma"]) for row in rows if row["text"] == "copying"]
-    layers = ("first 2 of 3 layers", 2)
+    layers = ("2 of 3 layers", 2)
     assert copying == [
         ("plain decoding", None),
         ("n-gram", 1),
@@ -54,19 +53,12 @@ def test_all_ways_are_measured(network):
 
 
 def test_in_fp32_answers_are_the_same(network):
-    plain, ngram = exact_rows(network, TEXTS["copying"], 12, 3, seed=0)
+    plain, ngram = exact_rows(answer, network, TEXTS["copying"], 12, 3, seed=0)
     assert plain["how"] == PLAIN.how and ngram["same"] == "2 of 2" and ngram["gap"] is None
 
 
 def test_costs_are_of_passes_that_leave_no_trace(network):
     seconds = pass_seconds(network, TEXTS["copying"][0], (1, 4))
     assert set(seconds) == {0, 1, 4} and min(seconds.values()) > 0
-    way = Way("first layers", lambda: ModelDraft(first_layers(network, 1)), 3)
-    assert draft_seconds(way, TEXTS["copying"][0], network.device) > 0
-
-
-def test_the_best_gamma_is_marked():
-    rows = gamma_rows({1: 1.2, 4: 2.5, 8: 2.0}, Counts(10, 10, 35, 8), {1: 1.0, 2: 9.0, 4: 1.1, 8: 1.2})
-    assert [row["best"] for row in rows] == ["", "<- best measured", "<- best predicted"]
-    none = gamma_rows({1: 1.0, 4: 0.9}, Counts(10, 0, 0, 0), {1: 1.0, 4: 1.1})
-    assert [row["best"] for row in none] == ["<- best measured", ""] and "predicted" not in none[0]
+    config = LoopConfig("first layers", lambda: ModelDraft(first_layers(network, 1)), 3)
+    assert draft_seconds(config, TEXTS["copying"][0], network.device) > 0

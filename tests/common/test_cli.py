@@ -86,7 +86,7 @@ def test_nobody_reads_the_output(main):
 def test_standard_flags_and_their_defaults():
     parser = cli.standard_parser("doc", model_help="a model")
     args = parser.parse_args([])
-    expected = {"quick": False, "device": "auto", "model": "auto", "seed": 0, "json": None, "plot": None}
+    expected = {"quick": False, "device": "auto", "model": "auto", "seed": 0, "json": None, "plot": None, "wide": False}
     assert vars(args) == expected
     assert "(default: auto)" in parser.format_help() and "None" not in parser.format_help()
     assert not hasattr(cli.standard_parser("doc").parse_args([]), "model")

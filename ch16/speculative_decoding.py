@@ -26,7 +26,7 @@ runpy.run_path(str(Path(__file__).resolve().parent.parent / "common" / "environm
 
 import argparse
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -217,10 +217,10 @@ def measure(
     draft: Model | None,
     texts: Texts,
     sizes: SpeculationSizes,
-    settings: dict[str, object],
-    configs: Mapping[str, dict],
+    settings: dict,
+    configs: dict,
 ) -> None:
-    """All tables: our loop, then vLLM with each of the `configs` beside vLLM without."""
+    """All tables: our loop, then vLLM without speculation beside vLLM with each of the `configs`."""
     gamma, seed = results.settings["gamma"], results.settings["seed"]
     theory = measure_loop(results, model, draft, texts, sizes, gamma, seed)
     plain, seconds = start_engine(settings)

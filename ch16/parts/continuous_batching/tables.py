@@ -48,16 +48,16 @@ PREFILL_COLUMNS = (
 KNEE_COLUMNS = (
     Column("phase", "phase"),
     Column("knee", "batches at the knee"),
-    Column("share", "% of highest tok/s"),
+    Column("share", "% of highest tok/s", detail=True),
     Column("chapter", "chapter says"),
     Column("crossover", "compute-bound from batch", ",.0f"),
-    Column("why", "source of the last"),
+    Column("why", "basis"),
 )
 INTERFERENCE_COLUMNS = (
     Column("how", "long prompts"),
     Column("where", "computed on"),
     Column("budget", "tokens per step", ",d"),
-    Column("steps", "steps per prompt", ".0f"),
+    Column("steps", "steps per prompt", ".0f", detail=True),
     Column("itl_p50_ms", "ITL P50 ms", ",.1f"),
     Column("itl_p99_ms", "ITL P99 ms", ",.1f"),
     Column("itl_max_ms", "ITL max ms", ",.1f", detail=True),

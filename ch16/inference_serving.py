@@ -201,7 +201,8 @@ def measure(
         if not model.dummy and not rows:
             complete(llm, sizes.completion, seed)
         waves = measure_waves(llm, model, machine, sizes, seed)
-        rows += [row | {"precision": name, "engine_start_s": seconds} for row in waves]
+        waves = [row | {"precision": name, "engine_start_s": seconds} for row in waves]
+        rows += waves
         bests.append(best_row(waves))
         stop_engine(llm)
     title = f"Waves of random prompts, {sizes.tokens_in} tokens in and {sizes.tokens_out} out, {model.name}"

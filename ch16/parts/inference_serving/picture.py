@@ -27,9 +27,8 @@ def plot(path: str, rows: Sequence[Mapping], best: Mapping, model: str, machine:
     right.set(title="time per output token (TPOT)", xlabel="requests at once", ylabel="ms", ylim=(0, None))
     legend_below(left, 3)
     legend_below(right, 3)
-    within = "Within both targets" if best["best"] == BEST else "Outside the targets"
     message = (
-        f"{within}: {best['tokens_per_s']:,.0f} output tokens/s at {best['concurrency']} requests at once, "
-        f"TPOT P50 {best['tpot_p50_ms']:.0f} ms and P99 {best['tpot_p99_ms']:.0f} ms"
+        f"{best['precision']}: {best['tokens_per_s']:,.0f} output tok/s at {best['concurrency']} requests at once, "
+        f"{'within' if best['best'] == BEST else 'outside'} the targets"
     )
     save_plot(figure, path, message=message, model=model, machine=machine)

@@ -26,8 +26,8 @@ def plot_layouts(path: str, rows: Sequence[Mapping], best: Mapping, results: Rep
     legend_below(tpot, 3)
     kept = best["tpot_p99_ms"] <= objective and not best["errors"]
     message = (
-        f"{'Highest throughput within the objective' if kept else 'No layout keeps the objective'}: {best['layout']}, "
-        f"{best['tokens_per_s']:,.0f} output tokens/s at TPOT P99 {best['tpot_p99_ms']:.0f} ms"
+        f"{'Fastest within the objective' if kept else 'No layout keeps the objective'}: {best['layout']}, "
+        f"{best['tokens_per_s']:,.0f} output tok/s at TPOT P99 {best['tpot_p99_ms']:.0f} ms"
     )
     model, machine = results.settings["model"].removesuffix(" (simulated)"), results.machine
     save_plot(figure, path, message=message, model=model, machine=machine, simulated=simulated)

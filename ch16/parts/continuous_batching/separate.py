@@ -31,7 +31,8 @@ def cannot_separate(machine: Machine) -> str:
 class PrefillEngine:
     """An engine like this process's on the other half of the cores, or the second GPU; a context manager.
 
-    Its prompts queue and are read one by one. Their KV cache is not sent anywhere.
+    Its prompts queue and are read one by one. Their KV cache is not sent anywhere. Its methods raise CannotRun if its
+    process is gone, or its engine did not start.
     """
 
     def __init__(self, settings: Mapping[str, object], machine: Machine) -> None:
@@ -42,30 +43,18 @@ class PrefillEngine:
         childs_end.close()  # so that the end of the process is the end of the pipe
 
     def wait_ready(self) -> None:
-        """Return when the engine runs.
-
-        Raises:
-            CannotRun: it did not start.
-        """
+        """Return when the engine runs."""
         self._receive()
 
     def send(self, prompt: Sequence[int]) -> None:
-        """Queue a prompt.
-
-        Raises:
-            CannotRun: its process is gone.
-        """
+        """Queue a prompt."""
         try:
             self._pipe.send(prompt)
         except OSError:
             raise CannotRun(GONE) from None
 
     def finished(self) -> float:
-        """When the next prompt in the queue was done, by `time.perf_counter`, which the processes of a machine share.
-
-        Raises:
-            CannotRun: its process is gone.
-        """
+        """When the next prompt in the queue was done, by `time.perf_counter`, which all processes share."""
         return self._receive()
 
     def _receive(self) -> float:

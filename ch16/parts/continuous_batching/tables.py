@@ -31,19 +31,18 @@ FIT_COLUMNS = (
     Column("blocks", "blocks each", ".1f"),
     Column("fit", "requests that fit", ",d"),
 )
+POWER_COLUMNS = (Column("power", "tok/s per ms", ",.1f"), Column("mark", ""))
 DECODE_COLUMNS = (
     Column("batch", "sequences", "d"),
     Column("tokens_per_s", "output tok/s", ",.0f"),
     Column("ms", "ms per token", ",.1f"),
-    Column("power", "tok/s per ms", ",.1f"),
-    Column("mark", ""),
+    *POWER_COLUMNS,
 )
 PREFILL_COLUMNS = (
     Column("batch", "prompts", "d"),
     Column("tokens_per_s", "prompt tok/s", ",.0f"),
     Column("ms", "ms to first tokens", ",.1f"),
-    Column("power", "tok/s per ms", ",.1f"),
-    Column("mark", ""),
+    *POWER_COLUMNS,
 )
 KNEE_COLUMNS = (
     Column("phase", "phase"),

@@ -1,6 +1,7 @@
 """D1: is speculative decoding faster, and from which batch on is it not?"""
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 from ch16.parts.speculative_decoding.texts import TASKS
 from common.results import Verdict, judge
@@ -8,12 +9,9 @@ from common.results import Verdict, judge
 
 def crossover(rows: Sequence[dict]) -> int | None:
     """The batch from which on speculation was slower than plain decoding, at this and all larger ones."""
-    slower = None
-    for row in sorted(rows, key=lambda row: -row["batch"]):
-        if row["speedup"] >= 1:
-            break
-        slower = row["batch"]
-    return slower
+    from_largest = sorted(rows, key=lambda row: -row["batch"])
+    slower = list(takewhile(lambda row: row["speedup"] < 1, from_largest))
+    return slower[-1]["batch"] if slower else None
 
 
 def slower_where(rows: Sequence[dict]) -> str:

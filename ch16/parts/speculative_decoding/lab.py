@@ -11,7 +11,7 @@ from ch16.parts.speculative_decoding.cached import CachedModel
 from ch16.parts.speculative_decoding.drafts import ModelDraft, NgramDraft, first_layers
 from ch16.parts.speculative_decoding.tables import gamma_rows, theory_row
 from ch16.parts.speculative_decoding.theory import Counts
-from ch16.parts.speculative_decoding.waves import DecodedWave, LoopPass, compare, count, joined, timed
+from ch16.parts.speculative_decoding.waves import DecodedWave, LoopPass, TokenLists, compare, count, joined, timed
 from common.timing import measure, measure_together
 
 LAYERS_PART, LAYERS_GAMMA = 5 / 6, 2  # of the target as its own draft: with fewer layers almost no guess is right
@@ -39,12 +39,7 @@ def ngram_drafts(network: nn.Module, gamma: int) -> LoopConfig:
 
 
 def run_configs(
-    answer: Answer,
-    network: nn.Module,
-    configs: Sequence[LoopConfig],
-    requests: Sequence[Sequence[int]],
-    tokens_out: int,
-    seed: int,
+    answer: Answer, network: nn.Module, configs: Sequence[LoopConfig], requests: TokenLists, tokens_out: int, seed: int
 ) -> tuple[dict[LoopConfig, DecodedWave], dict[LoopConfig, Counts]]:
     """Each request with each config, in turn, so that a busy machine disturbs all alike."""
     waves, passes = {config: [] for config in configs}, {config: [] for config in configs}
@@ -57,7 +52,7 @@ def run_configs(
 
 
 def loop_rows(
-    network: nn.Module, text: str, requests: Sequence[Sequence[int]], waves: Mapping[LoopConfig, DecodedWave]
+    network: nn.Module, text: str, requests: TokenLists, waves: Mapping[LoopConfig, DecodedWave]
 ) -> list[dict]:
     """Rows of LOOP_COLUMNS, each beside plain decoding."""
 
@@ -99,7 +94,7 @@ def measure_drafts(
     answer: Answer,
     network: nn.Module,
     smaller: nn.Module | None,
-    texts: Mapping[str, Sequence[Sequence[int]]],
+    texts: Mapping[str, TokenLists],
     tokens_out: int,
     gamma: int,
     gammas: Sequence[int],
@@ -140,7 +135,7 @@ def measure_drafts(
 
 
 def exact_rows(
-    answer: Answer, network: nn.Module, requests: Sequence[Sequence[int]], tokens_out: int, gamma: int, seed: int
+    answer: Answer, network: nn.Module, requests: TokenLists, tokens_out: int, gamma: int, seed: int
 ) -> list[dict]:
     """Rows of LOOP_COLUMNS in FP32, where no two tokens tie: n-grams on copying text. The network stays in FP32."""
     exact = network.float()

@@ -32,7 +32,7 @@ def plot(path: str, batches: Sequence[dict], gammas: Sequence[dict], model: str,
         legend_below(axis)
     alone = {row["text"]: row["speedup"] for row in batches if (row["how"], row["batch"]) == ("n-gram", 1)}
     message = (
-        f"One request with n-gram drafts in vLLM: {alone['copying']:.1f}x plain decoding where the answer copies "
-        f"the prompt, {alone['free']:.1f}x on free text"
+        f"With n-gram drafts vLLM decodes one request {alone['copying']:.2f}x as fast where the answer copies the "
+        f"prompt, and {alone['free']:.2f}x as fast on free text"
     )
     save_plot(figure, path, message, model, machine)

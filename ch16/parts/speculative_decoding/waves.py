@@ -8,6 +8,7 @@ from statistics import fmean
 
 from ch16.parts.speculative_decoding.theory import Counts
 
+TokenLists = Sequence[Sequence[int]]
 LoopPass = tuple[list[int], int]  # the tokens that one pass of the target gave, and how many were drafted for it
 
 
@@ -15,7 +16,7 @@ LoopPass = tuple[list[int], int]  # the tokens that one pass of the target gave,
 class DecodedWave:
     """Answers, and the steps after all answers had begun: seconds, and tokens per request."""
 
-    answers: list[list[int]] = field(default_factory=list)
+    answers: list[list[int]]
     steps: list[tuple[float, list[int]]] = field(default_factory=list)
 
     @property
@@ -100,10 +101,7 @@ def count(passes: Sequence[LoopPass]) -> Counts:
 
 
 def compare(
-    prompts: Sequence[Sequence[int]],
-    plain: Sequence[Sequence[int]],
-    other: Sequence[Sequence[int]],
-    gap: Callable[[Sequence[int], int, int], float],
+    prompts: TokenLists, plain: TokenLists, other: TokenLists, gap: Callable[[Sequence[int], int, int], float]
 ) -> dict[str, object]:
     """How many answers are the same, token for token, and how close the choice was where they differ.
 

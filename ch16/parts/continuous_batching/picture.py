@@ -38,16 +38,9 @@ def plot(
     legend_below(running)
 
     ms, rates = [row["ms"] for row in decode], [row["tokens_per_s"] for row in decode]
-    knee = [row for row in decode if row["mark"]]
+    knee = [i for i, row in enumerate(decode) if row["mark"]]
     sizes.plot(ms, rates, "o-", ms=9, color=COLOURS["quiet"], label="batch size")
-    sizes.plot(
-        [row["ms"] for row in knee],
-        [row["tokens_per_s"] for row in knee],
-        "o",
-        ms=12,
-        color=COLOURS["variant"],
-        label="knee",
-    )
+    sizes.plot(ms, rates, "o", ms=12, color=COLOURS["variant"], label="knee", markevery=knee)
     for row in decode:
         sizes.annotate(f"{row['batch']}", (row["ms"], row["tokens_per_s"]), xytext=(9, -17), textcoords="offset points")
     sizes.set(title="decode by batch size", xlabel="ms per token", ylabel="output tok/s", xlim=(0, 1.1 * max(ms)))

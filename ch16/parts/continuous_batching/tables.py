@@ -97,7 +97,7 @@ def fit_rows(load: AdmissionLoad, lengths: Sequence[int], blocks: int, block_siz
     reserved = math.ceil(longest / block_size)
     paged = sum(math.ceil((load.tokens_in + length) / block_size) for length in lengths) / len(lengths)
     needs = {f"reserved: {longest:,} tokens": reserved, "paged: as many as it has tokens for": paged}
-    return [{"how": how, "blocks": each, "fit": int(blocks / each)} for how, each in needs.items()]
+    return [{"how": how, "blocks": needed, "fit": int(blocks / needed)} for how, needed in needs.items()]
 
 
 def size_row(batch: int, tokens: int, seconds: float) -> dict:

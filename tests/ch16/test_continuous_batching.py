@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ch16 import continuous_batching
@@ -47,7 +47,6 @@ def without_vllm(monkeypatch):
 # ---- admission ----
 
 lengths_and_slots = {"lengths": st.lists(st.integers(1, 12), min_size=1, max_size=30), "slots": st.integers(1, 6)}
-shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def test_all_at_once():
@@ -64,7 +63,6 @@ def test_nothing_waiting_is_nothing_done(admit):
     assert run_engine(CountingLLM(), [], 4, admit).steps == []
 
 
-@shared
 @given(**lengths_and_slots)
 def test_fixed_batches_start_when_the_slowest_is_done(lengths, slots):
     llm = CountingLLM()
@@ -78,7 +76,6 @@ def test_fixed_batches_start_when_the_slowest_is_done(lengths, slots):
     assert [len(tokens) for tokens in timeline.arrived.values()] == lengths
 
 
-@shared
 @given(**lengths_and_slots)
 def test_continuous_leaves_no_slot_free_while_a_request_waits(lengths, slots):
     llm = CountingLLM()
@@ -140,7 +137,6 @@ def test_prefill_counts_the_prompts_tokens():
 # ---- long prompts ----
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     streams=st.integers(1, 5),
     every=st.integers(1, 9),

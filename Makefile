@@ -37,7 +37,7 @@ check-docs: install ## links, commands, tables, claims and names of the document
 lint: install ## ruff: errors and format
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
-format: install ## ruff: mend what can be mended
+format: install ## ruff: fix what can be fixed
 	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 
 bench-serving: install ## --serve against plain vLLM, same load, ratios
@@ -66,7 +66,7 @@ record: install ## every script in full: results/cpu/*.json and *.png, then the 
 tables: install ## rewrite the READMEs' measured tables from results/*.json
 	@$(PY) -m common.results
 
-lock: ## resolve requirements.txt into requirements/*.lock
+lock: install ## resolve requirements.txt and requirements/*.txt into requirements/*.lock
 	@requirements/lock.sh
 
 clean: ## remove .venv and the converted model

@@ -10,8 +10,6 @@ cd "$(dirname "$0")"
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install -q --disable-pip-version-check uv==0.13.9
 
 # Transformer Engine's PyTorch extension has no wheel, and its source cannot say what it needs
 # without CUDA: these are the needs its setup.py declares.
@@ -23,7 +21,7 @@ requires-dist = ["torch>=2.1", "einops", "onnxscript", "onnx", "packaging", "pyd
 TOML
 
 compile() { # REQUIREMENTS...: the whole lock on standard output
-    "$work/venv/bin/uv" pip compile -q --config-file "$work/uv.toml" --universal --python-version 3.11 \
+    ../.venv/bin/uv pip compile -q --config-file "$work/uv.toml" --universal --python-version 3.11 \
         --generate-hashes --no-header --no-annotate --no-emit-find-links "$@"
 }
 # The entries of a lock for the named packages, or (with !) for all others.

@@ -1,4 +1,4 @@
-"""The READMEs are true: tables equal the JSON, every command runs, the locks match requirements.txt."""
+"""The READMEs are true: tables equal the JSON, and every command runs."""
 
 import os
 import re
@@ -102,27 +102,3 @@ def run(command):
 def test_tables_equal_the_json(name):
     assert "<!-- results: " in READMES[name]
     assert results.fill(READMES[name]) == READMES[name], "run: make tables"
-
-
-def requirements(stack):
-    for line in (ROOT / "requirements.txt").read_text().splitlines():
-        requirement, _, marker = line.split("#")[0].partition(";")
-        if requirement.strip() and (not marker or ("==" in marker) == (stack == "cpu")):
-            name, version = requirement.strip().split("==")
-            yield name.split("[")[0], version
-
-
-@pytest.mark.parametrize("stack", ["cpu", "gpu"])
-def test_locks_match_requirements(stack):
-    locked = {}
-    for lock in (ROOT / "requirements").glob(f"{stack}*.lock"):
-        pinned = re.findall(r"^([a-z0-9-]+)==(\S+)[^\n]*\\\n\s+--hash=sha256:", lock.read_text(), re.MULTILINE)
-        locked |= dict(pinned)
-    assert locked, "every entry carries a hash"
-    for name, version in requirements(stack):
-        assert locked.get(name) == version, f"{name}: run make lock"
-
-
-def test_requirements_say_who_uses_them():
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    assert all("#" in line for line in lines if line.strip())

@@ -135,6 +135,17 @@ def test_the_metrics_of_the_book_are_exported():
     } <= exported
 
 
+def test_workflows_and_hooks_run_what_exists():
+    """Each `make TARGET` of the workflows is a target, each file is YAML, and the citation names the book."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    files = [*ROOT.glob(".github/workflows/*.yml"), ROOT / ".pre-commit-config.yaml", ROOT / "CITATION.cff"]
+    named = {target for file in files for target in re.findall(r"run: make ([a-z-]+)", file.read_text())}
+    assert {"lint", "test", "test-quick"} <= named <= targets
+    *_, hooks, citation = (yaml.safe_load(file.read_text()) for file in files)
+    assert {hook["id"] for repo in hooks["repos"] for hook in repo["hooks"]} == {"ruff-check", "ruff-format", "tables"}
+    assert citation["license"] == "Apache-2.0" and citation["references"][0]["type"] == "book"
+
+
 def test_the_objects_of_the_book_are_in_the_manifests():
     documents = [one for file in ROOT.glob("k8s/**/*.yaml") for one in yaml.safe_load_all(file.read_text())]
     objects = [one for one in documents if isinstance(one, dict) and {"kind", "metadata"} <= one.keys()]

@@ -29,7 +29,8 @@ def commands():
 
 COMMANDS = list(dict.fromkeys((tuple(words), gpu) for words, gpu in commands()))
 RUN_ON = {"--serve", "--servers", "--watch"}  # these commands run until they are stopped
-SCRIPTS = [(c, gpu) for c, gpu in COMMANDS if c[0] in ("python3", "torchrun") and not RUN_ON & set(c)]
+TORCHRUN = ".venv/bin/torchrun"
+SCRIPTS = [(c, gpu) for c, gpu in COMMANDS if c[0] in ("python3", TORCHRUN) and not RUN_ON & set(c)]
 # In their --quick form several commands are the same one: it runs once.
 QUICK = dict.fromkeys(((*c, *(() if "--quick" in c else ("--quick",))), gpu) for c, gpu in SCRIPTS)
 WATCHES = [c for c, _ in COMMANDS if "--watch" in c]
@@ -40,7 +41,7 @@ MAKES = [c for c, _ in COMMANDS if c[0] == "make"]
 
 
 def test_every_command_is_of_a_kind_that_is_run_here():
-    known = {c for c, _ in SCRIPTS} | {*SERVERS, *GATEWAYS, *WATCHES, *CURLS, *MAKES, (".", ".venv/bin/activate")}
+    known = {c for c, _ in SCRIPTS} | {*SERVERS, *GATEWAYS, *WATCHES, *CURLS, *MAKES}
     assert {c for c, _ in COMMANDS} == known and len(SERVERS) == 1 and CURLS and MAKES
 
 

@@ -28,13 +28,14 @@ CHAPTER = {
     "continuous_batching": ("B1", "B2", "B3", "B4"),
     "load_balancer": ("L1",),
     "load_test": ("W1",),
+    "monitoring": (),  # none; it checks its metrics against the clients
     "serving_layouts": (),  # S1 to S4 once more, on several GPUs
     "autoscaling": ("A1",),
 }
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ScriptRun:
     """One run of a script: what it has written, or why it has not."""
 
     name: str  # of its files: "fp8_quant_4096" for another run of "fp8_quant"
@@ -45,7 +46,7 @@ class Outcome:
     error: str = ""
 
 
-def read(folder: Path) -> list[Outcome]:
+def read(folder: Path) -> list[ScriptRun]:
     """Every results file of a folder, with the picture beside it, if there is one.
 
     Raises:
@@ -57,7 +58,7 @@ def read(folder: Path) -> list[Outcome]:
     return outcomes
 
 
-def read_one(file: Path) -> Outcome:
+def read_one(file: Path) -> ScriptRun:
     """A results file, with the picture beside it."""
     picture = file.with_suffix(".png")
     try:
@@ -67,7 +68,7 @@ def read_one(file: Path) -> Outcome:
         missing = {"JSON object"}
     if missing:
         raise CannotRun(f"{file} is not a results file: it has no {', '.join(sorted(missing))}")
-    return Outcome(
+    return ScriptRun(
         name=file.stem,
         script=Path(content["script"]).stem,
         content=content,
@@ -76,7 +77,7 @@ def read_one(file: Path) -> Outcome:
     )
 
 
-def run_all(scripts: list[Path], folder: Path) -> Iterator[Outcome]:
+def run_all(scripts: list[Path], folder: Path) -> Iterator[ScriptRun]:
     """Run scripts one after the other in their --quick form, with progress on stderr.
 
     Args:
@@ -93,7 +94,7 @@ def run_all(scripts: list[Path], folder: Path) -> Iterator[Outcome]:
         yield outcome
 
 
-def run_one(server: ForkServerContext, script: Path, folder: Path) -> Outcome:
+def run_one(server: ForkServerContext, script: Path, folder: Path) -> ScriptRun:
     """Run a script in its --quick form. What an earlier run has left in the folder is gone, whatever happens."""
     results, picture, log = (folder / f"{script.stem}{suffix}" for suffix in (".json", ".png", ".log"))
     for file in (results, picture, log):
@@ -113,7 +114,7 @@ def run_one(server: ForkServerContext, script: Path, folder: Path) -> Outcome:
             return replace(read_one(results), seconds=seconds)
         except CannotRun as unreadable:
             error = str(unreadable)
-    return Outcome(script.stem, script.stem, None, None, seconds, error)
+    return ScriptRun(script.stem, script.stem, None, None, seconds, error)
 
 
 def stop(process: BaseProcess) -> None:

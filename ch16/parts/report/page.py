@@ -9,13 +9,13 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
-from ch16.parts.report.gather import CHAPTER, Outcome
+from ch16.parts.report.gather import CHAPTER, ScriptRun
 from common.results import CLAIMS, ROOT, Column
 
 VERDICTS = ("holds", "fails", "n/a", "not measured")
 
 
-def html(outcomes: Sequence[Outcome], source: str) -> str:
+def html(outcomes: Sequence[ScriptRun], source: str) -> str:
     """The page of all that was found; `source` says by which runs."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -36,7 +36,7 @@ def html(outcomes: Sequence[Outcome], source: str) -> str:
 # ---- what is on it ----
 
 
-def machines(outcomes: Sequence[Outcome]) -> list[dict[str, str]]:
+def machines(outcomes: Sequence[ScriptRun]) -> list[dict[str, str]]:
     """A card for each machine that measured: titles and texts."""
     groups: dict[tuple, list[Mapping]] = {}
     for outcome in outcomes:
@@ -79,7 +79,7 @@ def limit(native: bool, flops_per_s: float | None) -> str:
     return f"up to {flops_per_s / 1e12:.4g} TFLOP/s" if flops_per_s else "native"
 
 
-def claims(outcomes: Sequence[Outcome]) -> list[dict]:
+def claims(outcomes: Sequence[ScriptRun]) -> list[dict]:
     """Every claim of the chapter with a verdict, and what other runs say beside it.
 
     A verdict that decides goes before n/a, that of the claim's own script before others, and a script's own results
@@ -103,12 +103,12 @@ def claims(outcomes: Sequence[Outcome]) -> list[dict]:
     return listed
 
 
-def is_another_run(outcome: Outcome) -> tuple[bool, str]:
+def is_another_run(outcome: ScriptRun) -> tuple[bool, str]:
     """Sorts a script's own results file before those of its other runs."""
     return outcome.name != outcome.script, outcome.name
 
 
-def sections(outcomes: Sequence[Outcome]) -> list[dict]:
+def sections(outcomes: Sequence[ScriptRun]) -> list[dict]:
     """What each script has to show, in the chapter's order, then that of scripts beside it."""
     listed = []
     for name in dict.fromkeys([*CHAPTER, *(outcome.script for outcome in outcomes)]):
@@ -127,7 +127,7 @@ def introduction(script: Path) -> dict[str, str]:
     return {"title": title, "idea": (paragraphs or [""])[0], "reading": (reading or [""])[0]}
 
 
-def tables(outcome: Outcome) -> list[dict]:
+def tables(outcome: ScriptRun) -> list[dict]:
     """The tables of a run: a title, the head and the rows as texts; which columns are numbers."""
     listed = []
     for table in outcome.content["tables"].values() if outcome.content else ():
@@ -138,7 +138,7 @@ def tables(outcome: Outcome) -> list[dict]:
     return listed
 
 
-def settings(outcome: Outcome) -> str:
+def settings(outcome: ScriptRun) -> str:
     """The settings of a run in one line."""
     return words(outcome.content["settings"]) if outcome.content else ""
 

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import pytest
 
 from ch16.parts.report import page as reporting
-from ch16.parts.report.gather import Outcome
+from ch16.parts.report.gather import ScriptRun
 from ch16.parts.report.page import duration, words
 from common.results import CLAIMS
 
@@ -56,7 +56,7 @@ def outcome(name, *claims, script="", machine=CPU, picture=None, seconds=None, e
         "tables": tables or {},
         "claims": list(claims),
     }
-    return Outcome(name, script or name, None if error else content, picture, seconds, error)
+    return ScriptRun(name, script or name, None if error else content, picture, seconds, error)
 
 
 def html(outcomes):

@@ -1,4 +1,4 @@
-"""The chapter's monitor by property, the claims, the command line, and the whole script on the real engine."""
+"""The chapter's monitor by property, the command line, and the whole script on the real engine."""
 
 import subprocess
 import sys
@@ -11,10 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from prometheus_client import CollectorRegistry, generate_latest
 
 from ch16 import kv_cache_monitor
-from ch16.kv_cache_monitor import CacheMonitor, bytes_rows, call_rows
+from ch16.kv_cache_monitor import CacheMonitor
 from common.cli import CannotRun
 from common.gpu import detect
-from common.models import SHAPES, Model
 
 SCRIPT = kv_cache_monitor.__file__
 
@@ -161,56 +160,6 @@ def test_prometheus_sees_what_is_there_when_it_looks():
     assert "kv_cache_allocated_bytes_total 10.0" in text and "kv_cache_freed_bytes_total 3.0" in text
     with pytest.raises(ValueError):
         CacheMonitor().export(registry)
-
-
-def test_speed_is_of_every_method():
-    rows = call_rows(50)
-    assert [row["method"] for row in rows] == [name for name in vars(CacheMonitor) if name.startswith("record_")]
-    assert all(row["per_s"] > 0 for row in rows)
-
-
-# ---- claims ----
-
-CHECKED = [{"evictions": 5, "preemptions": 2, "checked": 10, "steps": 12, "hits_checked": "yes"}]
-FITS = [{"fit": 1}, {"fit": 39}]
-
-
-def comparison(ratio, error=0.2, rounds=7):
-    return {"ratio": ratio, "error_percent": error, "rounds": rounds, "requests": 8}
-
-
-@pytest.mark.parametrize(
-    ("no_hits", "shared", "verdict"),
-    [
-        (comparison(0.995), comparison(0.1), "holds"),
-        (comparison(0.98), comparison(0.1), "fails"),
-        (comparison(0.98, 0.6), comparison(0.1), "n/a"),  # within two standard errors of the limit
-        (comparison(0.995, 0.6), comparison(0.1), "n/a"),  # noise withholds a "holds", too
-        (comparison(0.97, 0.6), comparison(0.1), "fails"),
-        (comparison(1.03, rounds=3), comparison(0.1), "n/a"),
-        (comparison(0.8, rounds=3), comparison(0.1), "fails"),
-        (comparison(1.03, rounds=3), comparison(0.5), "fails"),
-        (comparison(0.98, 0.6), comparison(0.5), "fails"),
-        (comparison(1.01), comparison(0.31), "fails"),
-    ],
-)
-def test_prefix_caching(no_hits, shared, verdict):
-    s5, k1, k2 = kv_cache_monitor.claims(CHECKED, no_hits, [comparison(0.5), shared], FITS)
-    assert s5.verdict == verdict and (k1.verdict, k2.verdict) == ("holds", "holds")
-
-
-@pytest.mark.parametrize("missing", ["evictions", "preemptions", "checked"])
-def test_what_was_not_seen_is_not_claimed(missing):
-    rows = [CHECKED[0] | {missing: 0}]
-    _, k1, k2 = kv_cache_monitor.claims(rows, comparison(1.0), [comparison(0.1)], [{"fit": 3}, {"fit": 3}])
-    assert (k1.verdict, k2.verdict) == ("fails", "fails")
-
-
-def test_bytes():
-    rows = bytes_rows(Model("p", "tiny-llama", SHAPES["tiny-llama"]))
-    llama = next(row for row in rows if row["model"] == "llama-3-8b" and row["dtype"] == "bfloat16")
-    assert llama["kb_per_token"] == pytest.approx(2 * 32 * 8 * 128 * 2 / 1e3)  # 131 kB, as published
-    assert llama["gb_at_4k"] == pytest.approx(4096 * llama["kb_per_token"] / 1e6)
 
 
 # ---- the command line ----

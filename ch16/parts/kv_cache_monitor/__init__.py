@@ -1,1 +1,1 @@
-"""The pieces of `ch16/kv_cache_monitor.py`: the engine's events, its ledger of blocks, workloads, a live view."""
+"""What `ch16/kv_cache_monitor.py` is made of: the engine's events and their feed, workloads, tables, a live view."""

@@ -2,7 +2,7 @@
 
     multi-head, grouped-query   2 (K, V) x layers x kv_heads x head_dim x bytes of a value
     latent attention (MLA)      layers x (kv_lora_rank + qk_rope_head_dim) x bytes: one vector for all heads
-    sliding window              a layer keeps the last `window` tokens only
+    sliding window              a layer keeps only the last `window` tokens
 
 Sources: Ainslie et al., arXiv 2305.13245 (GQA); DeepSeek-V2, arXiv 2405.04434 (MLA); Mistral 7B, arXiv 2310.06825.
 """
@@ -18,7 +18,7 @@ BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4, "fp8": 1, "fp8_e4
 
 @dataclass(frozen=True)
 class KVShape:
-    """What one token leaves in the cache: bytes in layers that keep everything, and in layers with a window."""
+    """Bytes per token: in layers that keep everything, and in layers with a sliding window."""
 
     full_bytes: int
     window_bytes: int = 0
@@ -26,7 +26,7 @@ class KVShape:
 
     @property
     def bytes_per_token(self) -> int:
-        """While the context is shorter than the window."""
+        """As long as the context is shorter than the window."""
         return self.full_bytes + self.window_bytes
 
     def sequence_bytes(self, tokens: int) -> int:
@@ -42,7 +42,7 @@ def kv_shape(config: Mapping[str, object], cache_dtype: str = "auto") -> KVShape
         cache_dtype: vLLM's `kv_cache_dtype`; "auto" is bfloat16.
 
     Raises:
-        CannotRun: the config does not say, or an unknown type.
+        CannotRun: the config lacks a size, or the type is unknown.
     """
     if cache_dtype not in BYTES:
         raise CannotRun(f"unknown KV cache type '{cache_dtype}'; known are {', '.join(BYTES)}")

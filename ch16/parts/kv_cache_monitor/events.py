@@ -1,9 +1,9 @@
-"""vLLM's KV cache events over ZMQ: blocks stored, removed, all cleared; in order, and none lost unnoticed.
+"""vLLM's KV cache events over ZMQ: blocks stored, removed, all cleared; in order, and no loss goes unnoticed.
 
 A batch has three frames: topic, sequence number (8 bytes, big endian), and msgpack [time, events, rank]. Numbers count
-from 0 without gaps. A gap means that batches were lost (a slow reader, a late subscription); the publisher keeps the
-last ones and sends them again when asked for a first number on its replay socket, ending with number -1. The format is
-described in vLLM's `vllm/distributed/kv_events.py`.
+from 0 without gaps. A gap means lost batches (a slow reader, a late subscription). The publisher keeps recent batches:
+its replay socket takes a first number and sends them again, ending with number -1. vLLM's
+`vllm/distributed/kv_events.py` describes the format.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,14 +19,14 @@ END_OF_REPLAY = -1
 
 @dataclass(frozen=True)
 class Stored:
-    """Blocks whose content became findable in the prefix cache: their hashes, one block each."""
+    """Blocks whose content can now be reused from the prefix cache: a hash per block."""
 
     hashes: tuple[int | bytes, ...]
 
 
 @dataclass(frozen=True)
 class Removed:
-    """Blocks that were given other content (evicted)."""
+    """Blocks whose content was evicted."""
 
     hashes: tuple[int | bytes, ...]
 
@@ -40,7 +40,7 @@ Event = Stored | Removed | Cleared
 
 
 def parse(payload: bytes) -> list[Event]:
-    """The events of one batch that concern GPU blocks; kinds that are not known here are skipped.
+    """The events of one batch about GPU blocks; unknown kinds are skipped.
 
     Raises:
         ValueError: this is no batch of events.
@@ -67,18 +67,18 @@ class EventStream:
 
     Args:
         endpoint: where the engine publishes, as in "tcp://127.0.0.1:5557" or "ipc:///tmp/events".
-        replay_endpoint: where lost batches can be asked for; None: they stay lost.
+        replay_endpoint: where lost batches can be requested; None: they stay lost.
         topic: only batches under it.
 
     Attributes:
-        lost: batches that could not be had again.
-        replayed: batches that were lost and came back.
+        lost: batches that could not be replayed.
+        replayed: batches that were lost and then replayed.
     """
 
     def __init__(self, endpoint: str, replay_endpoint: str | None = None, topic: str = "") -> None:
         self.lost = self.replayed = 0
         self._next = 0  # the sequence number that should come next
-        self._last = -1  # the one that came last, replays apart
+        self._last = -1  # the number that came last, replays aside
         self._replay_endpoint = replay_endpoint
         self._context = zmq.Context.instance()
         self._socket = self._context.socket(zmq.SUB)
@@ -94,10 +94,10 @@ class EventStream:
         self._socket.close(linger=0)
 
     def poll(self, timeout_s: float = 0.0) -> Iterator[Event]:
-        """Events that have arrived; waits for the first of them at most `timeout_s`.
+        """Events that have arrived; waits for the first at most `timeout_s`.
 
         Raises:
-            CannotRun: somebody publishes something else there, or the engine was started anew.
+            CannotRun: the endpoint publishes something else, or the engine was restarted.
         """
         wait_ms = int(1000 * timeout_s)
         while self._socket.poll(wait_ms):
@@ -108,7 +108,7 @@ class EventStream:
             yield from self._batch(int.from_bytes(frames[-2], "big", signed=True), frames[-1])
 
     def catch_up(self, timeout_s: float = 1.0) -> Iterator[Event]:
-        """Batches that were published before the subscription, or lost at the end: ask for all that did not come.
+        """Request all batches that did not arrive: published before the subscription, or lost at the end.
 
         Without a replay endpoint, or if it does not answer, there are none.
         """
@@ -116,17 +116,17 @@ class EventStream:
 
     def _batch(self, number: int, payload: bytes) -> Iterator[Event]:
         if number <= self._last:
-            raise CannotRun(f"KV cache events start over at batch {number}: the engine was started anew")
+            raise CannotRun(f"KV cache events start over at batch {number}: the engine was restarted")
         self._last = number
         if number > self._next:
             yield from self._replay_until(number)
             self.lost += number - self._next
-        if number >= self._next:  # otherwise it came with a replay already
+        if number >= self._next:  # otherwise it has come with a replay
             self._next = number + 1
             yield from _parsed(payload)
 
     def _replay_until(self, end: int | None, timeout_s: float = 1.0) -> Iterator[Event]:
-        """Batches from the next one on, before `end`; those that the publisher has dropped stay missing."""
+        """Batches from the next one on, before `end`; batches that the publisher has dropped stay missing."""
         if self._replay_endpoint is None:
             return
         with self._context.socket(zmq.DEALER) as socket:  # a REQ socket would take one answer only
@@ -139,7 +139,7 @@ class EventStream:
                 if number == END_OF_REPLAY:
                     return
                 if end is not None and number >= end:
-                    continue  # it will come, or has come, by itself
+                    continue  # it arrives without a replay
                 if number >= self._next:
                     self.lost += number - self._next  # older than what the publisher keeps
                     self._next = number + 1

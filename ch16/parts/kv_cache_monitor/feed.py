@@ -1,8 +1,8 @@
 """Feed a CacheMonitor from a real engine, and check that both agree.
 
-Two accounts of the same cache. Blocks whose content is kept come from the engine's events. Blocks that running requests
-hold follow from how many tokens each has: ceil(tokens / block size), common prefixes once. The engine's own figures are
-its metrics: usage, prefix-cache queries and hits. Where the accounts differ, the monitor is wrong, and says so.
+Cached blocks follow from the engine's events. Blocks that running requests hold follow from each request's tokens:
+ceil(tokens / block size), common prefixes once. The engine's own figures are its metrics: usage, prefix-cache queries
+and hits. A difference between the monitor and the engine is an error.
 """
 
 import math
@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ch16.parts.kv_cache_monitor.events import Cleared, Event, EventStream, Removed, Stored
 from common.cli import CannotRun
@@ -20,20 +20,11 @@ if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
 
 
-class Monitor(Protocol):
-    """What is fed: see CacheMonitor."""
-
-    @property
-    def stats(self) -> dict[str, int]: ...  # noqa: D102
-    def record_allocation(self, size: int, block: object = None) -> None: ...  # noqa: D102
-    def record_free(self, size: int | None = None, block: object = None) -> None: ...  # noqa: D102
-    def record_hit(self, count: int = 1) -> None: ...  # noqa: D102
-    def record_miss(self, count: int = 1) -> None: ...  # noqa: D102
-    def record_eviction(self, count: int = 1) -> None: ...  # noqa: D102
+Monitor = Any  # the CacheMonitor that the script hands in
 
 
 class CachedBlocks:
-    """Blocks with findable content, from events. The same content may lie in several blocks: each is counted."""
+    """Blocks whose content can be reused, from events. Several blocks may have the same content: all are counted."""
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
@@ -43,7 +34,7 @@ class CachedBlocks:
         return self._copies.total()
 
     def apply(self, event: Event) -> None:
-        """Follow one event.
+        """Count the blocks of one event.
 
         Raises:
             CannotRun: a block was removed that was never stored.
@@ -65,11 +56,11 @@ class CachedBlocks:
 @dataclass
 class _Running:
     prompt: Sequence[int]
-    blocks: list[object] = field(default_factory=list)  # ids of those it holds
+    blocks: list[object] = field(default_factory=list)  # ids of the blocks it holds
 
 
 class HeldBlocks:
-    """Blocks that running requests hold, from their tokens alone: what the monitor calls usage."""
+    """Blocks that running requests hold, from their tokens alone: the monitor's usage."""
 
     def __init__(self, monitor: Monitor, block_size: int, block_bytes: int) -> None:
         self._monitor, self._size, self._bytes = monitor, block_size, block_bytes
@@ -80,7 +71,7 @@ class HeldBlocks:
         return len(self._holders)
 
     def progress(self, request: str, prompt: Sequence[int], tokens_out: int, cached_tokens: int) -> None:
-        """A request has got `tokens_out` tokens; `cached_tokens` of its prompt were found in the cache.
+        """A request has `tokens_out` tokens so far; `cached_tokens` of its prompt were found in the cache.
 
         The newest token's key and value are not computed yet.
         """
@@ -98,7 +89,7 @@ class HeldBlocks:
             self._holders[name] += 1
 
     def finish(self, request: str) -> None:
-        """A request has ended; blocks that nobody else holds are free."""
+        """A request has ended; blocks that no other request holds are free."""
         for name in self._running.pop(request).blocks:
             self._holders[name] -= 1
             if not self._holders[name]:
@@ -124,15 +115,15 @@ class EngineFeed:
     """Drives an engine step by step, feeds the monitor, and compares it with the engine's own figures.
 
     Args:
-        llm: an engine with KV events and its statistics on, and without asynchronous scheduling: there a step's
-            figures belong to the step after it.
+        llm: an engine with KV events and statistics, without asynchronous scheduling: with it, a step's figures
+            belong to the next step.
         stream: the engine's events.
     """
 
     def __init__(self, llm: "LLM", monitor: Monitor, stream: EventStream, block_bytes: int) -> None:
         self.llm, self.monitor, self.stream = llm, monitor, stream
         config = llm.llm_engine.vllm_config.cache_config
-        self.block_size, self.total_blocks = config.block_size, config.num_gpu_blocks - 1  # one is never given out
+        self.block_size, self.total_blocks = config.block_size, config.num_gpu_blocks - 1  # vLLM never hands out one
         self.cached, self.held = CachedBlocks(monitor), HeldBlocks(monitor, self.block_size, block_bytes)
         self._block_bytes = block_bytes
         self.samples: list[Sample] = []
@@ -182,12 +173,12 @@ class EngineFeed:
         return [times[0] - start for start, times in zip(sent, arrived, strict=True)]
 
     def follow_wave(self, prompts: Sequence[Sequence[int]], tokens_out: int) -> None:
-        """Send a wave as production would run it: nothing is compared, and events are followed after it."""
+        """Send a wave as in production: nothing is compared, and events are read after it."""
         send_wave(self.llm, prompts, tokens_out)
         self._follow_events()
 
     def _follow_events(self, timeout_s: float = 0.0) -> int:
-        """Apply the events that have arrived; how many. Waits for the first of them at most `timeout_s`."""
+        """Apply the events that have arrived; returns how many. Waits for the first at most `timeout_s`."""
         count = 0
         for count, event in enumerate(self.stream.poll(timeout_s), start=1):  # noqa: B007 (the last count)
             self.cached.apply(event)
@@ -206,9 +197,9 @@ class EngineFeed:
         # A request that waits, was preempted, or has read only a part of its prompt shows no token in this step.
         if all_shown:
             self.checked_steps += 1
-            ours = stats["current_usage"] // self._block_bytes
-            if used != ours:
-                raise CannotRun(f"step {self.steps}: {ours} blocks in use by the monitor, {used} by the engine")
+            held = stats["current_usage"] // self._block_bytes
+            if used != held:
+                raise CannotRun(f"step {self.steps}: {held} blocks in use by the monitor, {used} by the engine")
         self.samples.append(
             Sample(
                 time.perf_counter() - self._started,
@@ -223,26 +214,26 @@ class EngineFeed:
         )
 
     def verify_events(self) -> None:
-        """Wait until all events have come, and compare the blocks with content.
+        """Wait until all events have arrived, and compare the cached blocks.
 
         Raises:
             CannotRun: events are missing, or the engine counts other blocks.
         """
-        while self._follow_events(0.3):  # the publisher is a thread of its own: until it has been quiet for a moment
+        while self._follow_events(0.3):  # the publisher is a thread: wait until it has been quiet for a moment
             pass
         for event in self.stream.catch_up():  # a batch lost at the end leaves no gap
             self.cached.apply(event)
         if self.stream.lost:
             raise CannotRun(f"{self.stream.lost} batches of KV cache events were lost and could not be replayed")
-        blocks = blocks_with_content(self.llm)
+        blocks = engines_cached_blocks(self.llm)
         if blocks is not None and blocks != len(self.cached):
-            raise CannotRun(f"blocks with content: {len(self.cached):,} by the monitor, {blocks:,} by the engine")
+            raise CannotRun(f"cached blocks: {len(self.cached):,} by the monitor, {blocks:,} by the engine")
 
     def verify(self) -> bool:
-        """Compare everything since the last time; whether hits could be compared, too.
+        """Compare everything since the last call; returns whether hits could be compared.
 
-        Older versions of vLLM look a waiting request up again in every step and count each time; where requests waited,
-        their larger counts are not comparable.
+        Older versions of vLLM look up a waiting request again in every step and count each time. Where requests waited,
+        those counts are larger and cannot be compared.
 
         Raises:
             CannotRun: something differs, or events are missing.
@@ -256,14 +247,14 @@ class EngineFeed:
         }
         if waited and pairs["queries"][1] > pairs["queries"][0]:
             return False
-        for what, (ours, theirs) in pairs.items():
-            if ours != theirs:
-                raise CannotRun(f"prefix cache {what}: {ours:,} by the monitor, {theirs:,.0f} by the engine")
+        for what, (monitor, engine) in pairs.items():
+            if monitor != engine:
+                raise CannotRun(f"prefix cache {what}: {monitor:,} by the monitor, {engine:,.0f} by the engine")
         return True
 
 
-def blocks_with_content(llm: "LLM") -> int | None:
-    """Blocks in the engine's own table of findable content; None where it runs in another process."""
+def engines_cached_blocks(llm: "LLM") -> int | None:
+    """Blocks in the engine's own table of reusable content; None if the engine runs in another process."""
     try:
         pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
         table = pool.cached_block_hash_to_block._cache

@@ -21,10 +21,10 @@ NAMES = {
 
 
 def read_metrics(url: str) -> dict[str, float]:
-    """The server's figures by the keys of NAMES, engines added up (usage: their mean).
+    """The server's figures by the keys of NAMES, summed over engines (usage: their mean).
 
     Raises:
-        CannotRun: nobody answers, or it is no vLLM server.
+        CannotRun: there is no answer, or it is not from a vLLM server.
     """
     try:
         answer = requests.get(f"{url.rstrip('/')}/metrics", timeout=5)
@@ -43,7 +43,7 @@ def read_metrics(url: str) -> dict[str, float]:
 
 
 def line(now: Mapping[str, float], before: Mapping[str, float], width: int = 100) -> str:
-    """One reading as a line: a bar of usage, and the hit rate since the reading before."""
+    """One reading as a line: a bar of usage, and the hit rate since the previous reading."""
     queries, hits = now["queries"] - before["queries"], now["hits"] - before["hits"]
     rate = f"{100 * hits / queries:5.1f}%" if queries > 0 else "    - "
     text = (
@@ -58,7 +58,7 @@ def line(now: Mapping[str, float], before: Mapping[str, float], width: int = 100
 def watch(
     url: str, seconds: float | None, interval_s: float = 1.0, sleep: Callable[[float], None] = time.sleep
 ) -> list[dict[str, float]]:
-    """Print a reading each interval, on one line of a terminal, until `seconds` are over or Ctrl-C; all readings."""
+    """Print a reading per interval, on one line of a terminal, for `seconds` or until Ctrl-C; returns all readings."""
     url = url if "://" in url else f"http://{url}"
     started, terminal = time.monotonic(), sys.stdout.isatty()
     readings = [read_metrics(url)]

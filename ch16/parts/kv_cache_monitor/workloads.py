@@ -3,10 +3,12 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
 from ch16.parts.kv_cache_monitor.feed import EngineFeed, Sample
+from ch16.parts.kv_cache_monitor.sizes import CacheSizes
 from common.cli import CannotRun
 from common.load import random_prompts, send_wave
 from common.timing import median_error, percentile
@@ -14,29 +16,14 @@ from common.timing import median_error, percentile
 if TYPE_CHECKING:
     from vllm import LLM
 
-PRECISE = 0.002  # standard error of a ratio, with which 0.995 can be told from 0.99
+PRECISE = 0.002  # standard error of a ratio that separates 0.995 from 0.99
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Tokens, blocks and requests of the workloads, and rounds of each comparison."""
-
-    blocks: int  # of the cache
-    block_size: int  # tokens
-    requests: int  # at once
-    max_len: int  # tokens of the longest sequence
-    prefix: int  # tokens that prompts have in common
-    answer: int  # tokens out where throughput is compared: long enough, without --quick, for a wave to take a second
-    sharing: int  # requests that ask with the common prefix at once, without it in the cache, too
-    rounds: int
-    seconds: float  # for which a comparison of throughput goes on if it is not precise after its rounds
-
-
-def workloads(sizes: Sizes, vocab_size: int, seed: int) -> dict[str, list[tuple[list[list[int]], int]]]:
+def workloads(sizes: CacheSizes, vocab_size: int, seed: int) -> dict[str, list[tuple[list[list[int]], int]]]:
     """Waves of prompts and tokens out for each workload: nothing in common, a common prefix, more than fits."""
     (prefix,) = random_prompts(1, sizes.prefix, vocab_size, seed + 1)
     tails = random_prompts(sizes.requests, sizes.block_size, vocab_size, seed + 2)
-    # Twice as much live context as there are blocks. As many prompts as fit are admitted, and then all of them grow.
+    # Twice as much live context as there are blocks: as many prompts as fit are admitted, and then all of them grow.
     many, prompt_blocks = 2 * sizes.blocks // 5, 4
     return {
         "unrelated prompts": [(random_prompts(sizes.requests, 4 * sizes.block_size, vocab_size, seed), 16)],
@@ -47,10 +34,10 @@ def workloads(sizes: Sizes, vocab_size: int, seed: int) -> dict[str, list[tuple[
     }
 
 
-def run_workloads(feed: EngineFeed, sizes: Sizes, vocab_size: int, seed: int) -> list[dict]:
-    """Rows of WORKLOAD_COLUMNS, one after another on the same cache; every step is checked, and so are the totals."""
+def run_workloads(feed: EngineFeed, sizes: CacheSizes, vocab_size: int, seed: int) -> list[dict]:
+    """Rows of WORKLOAD_COLUMNS, one after another on the same cache; every step and all totals are checked."""
     rows = []
-    for name, waves in workloads(sizes, vocab_size, seed).items():
+    for name, waves in tqdm(workloads(sizes, vocab_size, seed).items(), desc="workloads", leave=False, disable=None):
         before, first, steps, checked = feed.monitor.stats, len(feed.samples), feed.steps, feed.checked_steps
         started = feed.samples[-1] if feed.samples else Sample(0.0, 0, 0, 0, 0, 0, 0, 0)
         begun = time.perf_counter()
@@ -81,32 +68,23 @@ def run_workloads(feed: EngineFeed, sizes: Sizes, vocab_size: int, seed: int) ->
     return rows
 
 
-def fits_rows(feed: EngineFeed, sizes: Sizes, vocab_size: int, seed: int) -> list[dict]:
+def fits_rows(feed: EngineFeed, sizes: CacheSizes, vocab_size: int, seed: int) -> list[dict]:
     """Rows of FITS_COLUMNS: short requests, with memory for the longest reserved for each, and as they grow."""
     tokens_out = sizes.block_size
     reserved = -(-sizes.max_len // sizes.block_size)
-    each = 2  # a prompt of one block, and one block of answer
-    prompts = random_prompts(feed.total_blocks // each, sizes.block_size, vocab_size, seed + 9)
+    blocks = 2  # per request: one of prompt, one of answer
+    prompts = random_prompts(feed.total_blocks // blocks, sizes.block_size, vocab_size, seed + 9)
     first, preemptions = len(feed.samples), feed.metrics()["num_preemptions"]
     feed.run(prompts, tokens_out)
     feed.verify()
     if feed.metrics()["num_preemptions"] > preemptions:
-        raise CannotRun(f"{len(prompts)} requests of {each} blocks should fit into {feed.total_blocks}, and did not")
-    fit = max(sample.held_blocks for sample in feed.samples[first:]) // each
-    return [
-        {
-            "how": f"reserved: {sizes.max_len:,} tokens",
-            "blocks": reserved,
-            "fit": feed.total_blocks // reserved,
-            "source": "computed: blocks / blocks each",
-        },
-        {
-            "how": f"paged: {sizes.block_size} tokens in, {tokens_out} out",
-            "blocks": each,
-            "fit": fit,
-            "source": "measured: most blocks held / blocks each, none preempted",
-        },
-    ]
+        raise CannotRun(f"{len(prompts)} requests of {blocks} blocks should fit into {feed.total_blocks}, and did not")
+    paged = max(sample.held_blocks for sample in feed.samples[first:]) // blocks
+    rows = (
+        (f"reserved: {sizes.max_len:,} tokens", reserved, feed.total_blocks // reserved, "computed"),
+        (f"paged: {sizes.block_size} tokens in, {tokens_out} out", blocks, paged, "measured, none preempted"),
+    )
+    return [dict(zip(("how", "blocks", "fit", "source"), row, strict=True)) for row in rows]
 
 
 def compare(
@@ -115,23 +93,25 @@ def compare(
     """A row of COMPARISON_COLUMNS: both measured in turn, the first to go alternating; the median of the ratios.
 
     Args:
-        rounds: at least so many.
-        seconds: more of them until the ratio is known to `PRECISE`, as long as not so many seconds have passed.
+        rounds: the fewest.
+        seconds: rounds go on for this time at most, until the ratio is known to `PRECISE`.
     """
     variant(-1), base(-1)  # warm up
     pairs, ratios, error = [], [], math.inf
     started = time.perf_counter()
-    while len(pairs) < rounds or (error > PRECISE and time.perf_counter() - started < seconds):
-        i = len(pairs)
-        order = (variant, base) if i % 2 == 0 else (base, variant)
-        found = {work: work(i) for work in order}
-        pairs.append((found[variant], found[base]))
-        ratios.append(found[variant] / found[base])
-        error = median_error(ratios)
+    with tqdm(desc=what, unit=" rounds", leave=False, disable=None) as progress:
+        while len(pairs) < rounds or (error > PRECISE and time.perf_counter() - started < seconds):
+            i = len(pairs)
+            order = (variant, base) if i % 2 == 0 else (base, variant)
+            found = {work: work(i) for work in order}
+            pairs.append((found[variant], found[base]))
+            ratios.append(found[variant] / found[base])
+            error = median_error(ratios)
+            progress.update()
     return {
         "what": what,
-        "variant": percentile([a for a, _ in pairs], 50),
-        "base": percentile([b for _, b in pairs], 50),
+        "variant": percentile([pair[0] for pair in pairs], 50),
+        "base": percentile([pair[1] for pair in pairs], 50),
         "ratio": percentile(ratios, 50),
         "error_percent": 100 * error,
         "rounds": len(pairs),
@@ -139,29 +119,26 @@ def compare(
 
 
 def throughput(
-    run: Callable[[Sequence[Sequence[int]], int], object], sizes: Sizes, vocab_size: int, seed: int
+    run: Callable[[Sequence[Sequence[int]], int], object], sizes: CacheSizes, vocab_size: int, seed: int
 ) -> Callable:
-    """Output tokens/s of a wave of unrelated prompts, other ones in each round."""
+    """Output tokens/s of a wave of unrelated prompts, new ones in each round."""
 
-    def measure(round_: int) -> float:
+    def wave(round_: int) -> float:
         prompts = random_prompts(sizes.requests, 2 * sizes.block_size, vocab_size, seed + 100 + round_)
         started = time.perf_counter()
         run(prompts, sizes.answer)
         return sizes.requests * sizes.answer / (time.perf_counter() - started)
 
-    return measure
+    return wave
 
 
-def first_token_ms(llm: "LLM", sizes: Sizes, vocab_size: int, seed: int, requests: int) -> Callable[[int], float]:
-    """Median milliseconds to the first token of `requests` at once, with a prefix that every round shares.
-
-    The warm-up brings the prefix into the cache.
-    """
+def first_token_ms(llm: "LLM", sizes: CacheSizes, vocab_size: int, seed: int, requests: int) -> Callable[[int], float]:
+    """Median TTFT in milliseconds of `requests` at once, with a prefix that all rounds share, the warm-up included."""
     (prefix,) = random_prompts(1, sizes.prefix, vocab_size, seed + 1)
 
-    def measure(round_: int) -> float:
+    def wave(round_: int) -> float:
         tails = random_prompts(requests, sizes.block_size, vocab_size, seed + 1000 * requests + round_)
         sent, arrived = send_wave(llm, [prefix + tail for tail in tails], 2)
         return 1e3 * percentile([tokens[0] - start for start, tokens in zip(sent, arrived, strict=True)], 50)
 
-    return measure
+    return wave

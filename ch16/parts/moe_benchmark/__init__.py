@@ -1,1 +1,1 @@
-"""What `ch16/moe_benchmark.py` is made of: experts and their dispatch, routing patterns, ranks, and the planner."""
+"""What `ch16/moe_benchmark.py` is made of: experts and kernels, routing patterns, ranks, planner, tables, pictures."""

@@ -26,11 +26,6 @@ class Routing:
     experts: torch.Tensor
     weights: torch.Tensor
 
-    @property
-    def top_k(self) -> int:
-        """Experts per token, K."""
-        return self.experts.shape[1]
-
 
 def route(logits: torch.Tensor, top_k: int) -> Routing:
     """The `top_k` largest of the router's logits [T, E], and a softmax over them: weights sum to 1.

@@ -71,9 +71,7 @@ class ExpertParallel:
 
     def send(self, rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
         """Sorted rows to the ranks of their experts: the rows that arrive here."""
-        arrived = rows.new_empty(sum(exchange.received), rows.shape[1])
-        dist.all_to_all_single(arrived, rows, exchange.received, exchange.sent)
-        return arrived
+        return _all_to_all(rows, exchange.received, exchange.sent)
 
     def compute(self, rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
         """The rows that arrived, through this rank's experts; there may be none."""
@@ -81,9 +79,13 @@ class ExpertParallel:
 
     def back(self, rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
         """Computed rows to the ranks they came from, sorted by expert again."""
-        returned = rows.new_empty(exchange.places.numel(), rows.shape[1])
-        dist.all_to_all_single(returned, rows, exchange.sent, exchange.received)
-        return returned
+        return _all_to_all(rows, exchange.sent, exchange.received)
+
+
+def _all_to_all(rows: torch.Tensor, received: list[int], sent: list[int]) -> torch.Tensor:
+    arrived = rows.new_empty(sum(received), rows.shape[1])
+    dist.all_to_all_single(arrived, rows, received, sent)
+    return arrived
 
 
 def rank_part(routing: Routing, experts: int, rank: int, ranks: int) -> tuple[torch.Tensor, Routing]:

@@ -24,42 +24,33 @@ PART_COLOURS = {
 
 
 def plot_patterns(path: str, rows: Sequence[dict], layer: str, machine: Machine) -> None:
-    """The load of the experts, busiest first, beside the cost of each pattern."""
+    """The load of the experts, busiest first, beside the cost of each pattern, both for the most tokens."""
     figure, (load, cost) = draw(2)
-    tokens = sorted({row["tokens"] for row in rows})
-    for row in (row for row in rows if row["tokens"] == tokens[-1]):
+    tokens = max(row["tokens"] for row in rows)
+    for row in (row for row in rows if row["tokens"] == tokens):
         mean, experts = sum(row["load"]) / len(row["load"]), range(1, len(row["load"]) + 1)
         colour = PATTERN_COLOURS[row["pattern"]]
         load.step(experts, [n / mean for n in row["load"]], where="mid", color=colour, label=row["pattern"])
-    load.set(title=f"Load of the experts, {tokens[-1]:,} tokens", xlabel="expert, busiest first")
+    load.set(title=f"Load of the experts, {tokens:,} tokens", xlabel="expert, busiest first")
     load.set(ylabel="rows over their mean", ylim=(0, None))
     legend_below(load)
-    names = [name for name in dict.fromkeys(row["pattern"] for row in rows) if name != REFERENCE]
-    colours = [COLOURS[name] for name in ("baseline", "fifth", "variant", "fourth")]
-    bars = [
-        (count, key, label)
-        for key, label in (("cost_percent", "one device"), ("rank_cost_percent", f"busiest of {RANKS} ranks"))
-        for count in tokens
-    ]
-    for i, (count, key, label) in enumerate(bars):
-        by_name = {row["pattern"]: row.get(key) for row in rows if row["tokens"] == count}
-        places = [x + 0.8 * (i + 0.5) / len(bars) - 0.4 for x in range(len(names))]
-        costs = [by_name.get(name) or 0.0 for name in names]
-        colour = colours[i % len(colours)]
-        cost.bar(places, costs, 0.76 / len(bars), color=colour, label=f"{label}, {count:,} tokens")
+    shown = [row for row in rows if row["tokens"] == tokens and row["pattern"] != REFERENCE]
+    places = (("cost_percent", "one device", "baseline"), ("rank_cost_percent", f"busiest of {RANKS} ranks", "variant"))
+    for shift, (key, label, colour) in zip((-0.2, 0.2), places, strict=True):
+        costs = [row.get(key, 0.0) for row in shown]
+        cost.bar([x + shift for x in range(len(shown))], costs, 0.38, color=COLOURS[colour], label=label)
     cost.axhline(0, color=COLOURS["limit"], linewidth=1)
-    cost.set(title="Extra time over balanced routing", ylabel="%")
-    cost.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names])
+    cost.set(title=f"Cost over balanced routing, {tokens:,} tokens", ylabel="extra time, %")
+    cost.set_xticks(range(len(shown)), [row["pattern"].replace("most ", "").replace(" ", "\n") for row in shown])
     legend_below(cost)
-    save_plot(figure, path, _patterns_message(rows), layer, machine, simulated=True)
+    save_plot(figure, path, _patterns_message(shown), layer, machine, simulated=True)
 
 
 def _patterns_message(rows: Sequence[dict]) -> str:
-    busiest = max(rows, key=lambda row: row["max_mean"])
-    keys = ("cost_percent", "rank_cost_percent")
-    cost, name = max((row[key], row["pattern"]) for row in rows for key in keys if row.get(key) is not None)
-    text = f"Uneven routing sends the busiest expert up to {busiest['max_mean']:.1f}x the mean load"
-    return f"{text} and costs up to {cost:.0f}% more time ({name})" if cost > 0 else f"{text}; it cost no time here"
+    load = max(row["max_mean"] for row in rows)
+    cost = max(row[key] for row in rows for key in ("cost_percent", "rank_cost_percent") if key in row)
+    effect = f"costs a layer up to {cost:.0f}% more time" if cost > 0 else "costs no time here"
+    return f"Up to {load:.1f}x the mean load on the busiest expert {effect}"
 
 
 def plot_ranks(path: str, rows: Sequence[dict], layer: str, machine: Machine) -> None:

@@ -95,7 +95,7 @@ def chapter_presets(configs: Sequence[Mapping[str, int]], sizes: MoESizes) -> li
     for gated in (False, True):
         for config in configs:
             experts, top_k = config["num_experts"], config["experts_per_token"]
-            name = f"{experts} {'gated' if gated else 'experts'}, top-{top_k}"
+            name = f"{experts} {'gated ' if gated else ''}experts, top-{top_k}"
             intermediate = sizes.gated_intermediate if gated else 4 * sizes.hidden
             if not gated or experts == 64:
                 layers.append(Preset(name, sizes.hidden, intermediate, experts, top_k, gated))

@@ -97,7 +97,7 @@ def layer_row(
     moved = x.element_size() * (active * preset.sizes.parameters + 2 * tokens * preset.hidden)
     flops, peak = preset.sizes.flops(tokens * preset.top_k), machine.peak
     row = {
-        "layer": preset.name,
+        "layer": preset.name.replace("gated experts", "gated"),
         "tokens": tokens,
         "active_experts": active,
         **{f"{name}_ms": 1e3 * value for name, value in seconds.items()},
@@ -137,7 +137,7 @@ def plan_notes(preset: Preset, plan: Sequence[dict], link: Link, target: int | N
     """Below PLAN_COLUMNS: how several GPUs were emulated, and how many reach `target` tok/s."""
     notes = []
     if len(plan) > 1:
-        notes.append(f"several GPUs: emulated one by one on this GPU, uniform routing; exchange: {link.source}")
+        notes += ["several GPUs: emulated one by one on this GPU, uniform routing", f"exchange: {link.source}"]
     elif preset.experts > 1:
         notes.append("one device only: the link to further devices is unknown; --link-gb-s N adds 2, 4 and 8")
     if target:

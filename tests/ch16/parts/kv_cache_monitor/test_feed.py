@@ -84,7 +84,8 @@ class OneRequestEngine:
     def __init__(self, **wrong):
         self.wrong, self.left, self.tokens = wrong, 0, 0
         cache = SimpleNamespace(block_size=4, num_gpu_blocks=10)
-        self.vllm_config = SimpleNamespace(cache_config=cache)
+        scheduler = SimpleNamespace(async_scheduling=False)
+        self.vllm_config = SimpleNamespace(cache_config=cache, scheduler_config=scheduler)
         self.llm_engine, self.figures = self, {"queries": 0, "hits": 0}
         table = {"one block": object()} if wrong.get("content") is None else {}
         pool = SimpleNamespace(cached_block_hash_to_block=SimpleNamespace(_cache=table))
@@ -92,11 +93,8 @@ class OneRequestEngine:
         core = SimpleNamespace(scheduler=SimpleNamespace(kv_cache_manager=manager))
         self.engine_core = SimpleNamespace(engine_core=core)
 
-    def add_request(self, name, prompt, sampling):
+    def add_request(self, name, prompt, sampling, priority):
         self.name, self.left, self.tokens = name, 3, 0
-
-    def has_unfinished_requests(self):
-        return self.left > 0
 
     def step(self):
         self.left, self.tokens = self.left - 1, self.tokens + 1
@@ -150,7 +148,7 @@ def test_a_feed_that_agrees():
         ({"used": 1}, "step 1: 2 blocks in use by the monitor, 3 by the engine"),
         ({"queries": 5}, "prefix cache queries: 6 by the monitor, 11 by the engine"),
         ({"hits": 4}, "prefix cache hits: 0 by the monitor, 4 by the engine"),
-        ({"content": "none"}, "blocks with content: 1 by the monitor, 0 by the engine"),
+        ({"content": "none"}, "cached blocks: 1 by the monitor, 0 by the engine"),
     ],
 )
 def test_every_difference_is_an_error(wrong, message):

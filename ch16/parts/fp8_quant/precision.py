@@ -1,6 +1,7 @@
 """How linear layers compute, as one value: in BF16, or in FP8 by a recipe, with Transformer Engine or our layers."""
 
 import contextlib
+import importlib.util
 import os
 import types
 from collections.abc import Callable, Iterable
@@ -56,7 +57,7 @@ def transformer_engine(device: str) -> tuple[types.ModuleType | None, str]:
     """`transformer_engine.pytorch`, or None and why it cannot be used on this device ("cuda" or "cpu")."""
     if device != "cuda" or not torch.cuda.is_available():
         return None, "it needs an NVIDIA GPU"
-    choose_norm_kernels()
+    use_cudnn()
     try:
         import transformer_engine.pytorch as te
     except (ImportError, OSError) as error:
@@ -65,12 +66,18 @@ def transformer_engine(device: str) -> tuple[types.ModuleType | None, str]:
     return (te, "") if usable else (None, reason)
 
 
-def choose_norm_kernels() -> None:
-    """Let cuDNN normalise: Transformer Engine's own kernels are tuned for some widths, and 7,168 is none of them.
+def use_cudnn() -> None:
+    """Let cuDNN normalise, and let it be PyTorch's. Transformer Engine reads both variables when it is imported.
 
-    Transformer Engine reads the variable when it is imported.
+    Its own kernels are tuned for some widths, and 7,168 is none of them: they cost 1 to 4% of prefill on an H200. It
+    would take a cuDNN of the system before PyTorch's; of two versions, the graph of a norm finds the wrong half.
     """
     os.environ.setdefault("NVTE_NORM_FWD_USE_CUDNN", "1")
+    nvidia = importlib.util.find_spec("nvidia")  # the folder of PyTorch's CUDA libraries, where they are packages
+    for folder in (nvidia and nvidia.submodule_search_locations) or ():
+        if any(Path(folder, "cudnn", "lib").glob("libcudnn.so*")):
+            os.environ.setdefault("CUDNN_HOME", str(Path(folder, "cudnn")))
+            return
 
 
 def fastest_attention(q: torch.Tensor) -> AbstractContextManager:

@@ -248,7 +248,7 @@ def measure_capacity(
     plan = [capacity.plan_row(workload, n) for n in tqdm(counts, desc="plan", leave=False, disable=None)]
     title = tables.plan_title(preset, machine, workload, capacity.dispatch_name)
     results.table("plan", title, plan, tables.PLAN_COLUMNS)
-    print(tables.plan_notes(preset, plan, link, args.target_tok_s))
+    print(tables.plan_notes(plan, link, args.target_tok_s))
     del capacity
     if args.quick or args.no_validation:
         return [], f"{'--quick' if args.quick else '--no-validation'} does not run the whole model"
@@ -278,7 +278,7 @@ def main_alone(args: argparse.Namespace, machine: Machine) -> None:
     sizes = sizes_from(args, machine)
     if not (args.quick or args.no_validation):
         prepare_environment(machine)
-    selection = select(args, machine, sizes, CHAPTER, contenders=len(DISPATCH) + 1)
+    selection = select(args, machine, sizes, chapter_presets(CHAPTER, sizes))
     settings = {"seed": args.seed, "preset": args.preset, "model": selection.model and selection.model.name}
     settings["layer"] = selection.routed.name
     results = Report("moe_benchmark.py", machine, settings | asdict(sizes), wide=args.wide)

@@ -8,13 +8,19 @@ from tqdm import tqdm
 from ch16.parts.moe_benchmark.experts import Dispatch, Experts, Routing
 from ch16.parts.moe_benchmark.parallel import busiest_part
 from ch16.parts.moe_benchmark.presets import Preset
-from ch16.parts.moe_benchmark.routing import PATTERNS, RANKS, expert_load, load_balance, make_routing, rank_load
+from ch16.parts.moe_benchmark.routing import (
+    PATTERNS,
+    RANKS,
+    REFERENCE,
+    expert_load,
+    load_balance,
+    make_routing,
+    rank_load,
+)
 from ch16.parts.moe_benchmark.sizes import MoESizes
 from common.device import torch_dtype
 from common.gpu import Machine
 from common.timing import Timing, graphed, measure_together, relative_spread
-
-REFERENCE = "balanced"
 
 
 def measure_routing(

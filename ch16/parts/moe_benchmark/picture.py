@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-from ch16.parts.moe_benchmark.routing import PATTERNS, RANKS
+from ch16.parts.moe_benchmark.routing import RANKS, REFERENCE
 from common.gpu import Machine
 from common.plots import COLOURS, draw, legend_below, save_plot
 
-REFERENCE = PATTERNS[0]
 PATTERN_COLOURS = {
     "balanced": COLOURS["baseline"],
     "uniform": COLOURS["second"],

@@ -12,6 +12,7 @@ from ch16.parts.moe_benchmark.presets import Preset, require_memory
 from ch16.parts.moe_benchmark.reference import TOLERANCE
 from ch16.parts.moe_benchmark.routing import (
     PATTERNS,
+    REFERENCE,
     expert_load,
     make_routing,
     rank_load,
@@ -71,7 +72,7 @@ def measure_ranks(
         seconds = measure_parallel(layer, cases, 4 * sizes.repeats)  # processes get out of step at random
         for pattern in PATTERNS:
             row = _row(preset, experts.w_in.element_size(), routings[pattern], world, seconds[pattern])
-            row["rank_cost_percent"] = 100 * (seconds[pattern]["step"] / seconds[PATTERNS[0]]["step"] - 1)
+            row["rank_cost_percent"] = 100 * (seconds[pattern]["step"] / seconds[REFERENCE]["step"] - 1)
             rows.append({"pattern": pattern, "tokens": tokens, **row, "error": errors[pattern]})
     return rows
 

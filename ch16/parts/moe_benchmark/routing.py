@@ -18,7 +18,8 @@ import torch
 from ch16.parts.moe_benchmark.experts import Routing, route
 from common.cli import CannotRun
 
-PATTERNS = ("balanced", "uniform", "zipf", "hot")
+REFERENCE = "balanced"
+PATTERNS = (REFERENCE, "uniform", "zipf", "hot")
 ZIPF_EXPONENT = 1.0
 HOT_SHARE = 0.5  # of the tokens go to the hot expert with one of their choices
 CAPACITY_FACTOR = 1.25

@@ -14,6 +14,7 @@ from common.models import Model
 from common.text import read_text
 
 WEIGHT_COPIES = 2  # at most: ours, and in FP8 or as vLLM's CPU kernel packs them
+CONTENDERS = 4  # three kinds of dispatch, and vLLM's kernel
 
 
 def read_flags(doc: str) -> argparse.Namespace:
@@ -114,32 +115,22 @@ class Selection:
     source: str = ""  # of the text
 
 
-def select(
-    args: argparse.Namespace, machine: Machine, sizes: MoESizes, configs: Sequence[Mapping[str, int]], contenders: int
-) -> Selection:
+def select(args: argparse.Namespace, machine: Machine, sizes: MoESizes, chapter: list[Preset]) -> Selection:
     """What to measure, checked against the memory that is free.
-
-    Args:
-        configs: the chapter's layers.
-        contenders: implementations of a layer that are measured together.
 
     Raises:
         CannotRun: it does not fit, or there is no such model or text.
     """
-    chapter = chapter_presets(configs, sizes)
     presets = [PRESETS[args.preset]] if args.preset else chapter + [PRESETS[name] for name in sizes.presets]
-    needs = {"copies": WEIGHT_COPIES, "contenders": contenders}
-    layers, left_out = those_that_fit(presets, max(sizes.tokens), machine, **needs)
+    layers, left_out = those_that_fit(presets, max(sizes.tokens), machine, copies=WEIGHT_COPIES, contenders=CONTENDERS)
     if left_out and (args.hidden_size or args.tokens):  # asked for, not a default
         raise CannotRun(left_out[0])
-    selection = Selection(layers, left_out, PRESETS[args.preset] if args.preset else chapter[-1])
+    routed, trained = PRESETS[args.preset] if args.preset else chapter[-1], ()
     if args.model:  # also with --preset: what is routed has as many experts as the model
         model = models.resolve(args.model, machine)
-        text, source = read_text(args.text)
-        routed = from_config(model.name, model.config)
-        selection = replace(selection, routed=routed, model=model, text=text, source=source)
-    require_memory(selection.routed, max(sizes.tokens), machine, contenders=8)
-    return selection
+        routed, trained = from_config(model.name, model.config), (model, *read_text(args.text))
+    require_memory(routed, max(sizes.tokens), machine, contenders=8)
+    return Selection(layers, left_out, routed, *trained)
 
 
 def whole_preset(args: argparse.Namespace, machine: Machine) -> Preset:

@@ -133,16 +133,14 @@ def plan_title(preset: Preset, machine: Machine, workload: Workload, dispatch: s
     )
 
 
-def plan_notes(preset: Preset, plan: Sequence[dict], link: Link, target: int | None) -> str:
+def plan_notes(plan: Sequence[dict], link: Link, target: int | None) -> str:
     """Below PLAN_COLUMNS: how several GPUs were emulated, and how many reach `target` tok/s."""
-    notes = []
+    notes = "  one device only: the link to further devices is unknown; --link-gb-s N adds 2, 4 and 8"
     if len(plan) > 1:
-        notes += ["several GPUs: emulated one by one on this GPU, uniform routing", f"exchange: {link.source}"]
-    elif preset.experts > 1:
-        notes.append("one device only: the link to further devices is unknown; --link-gb-s N adds 2, 4 and 8")
+        notes = f"  several GPUs: emulated one by one, uniform routing\n  exchange: {link.source}"
     if target:
-        notes.append(f"{target:,} output tok/s need {gpus_text(gpus_needed(plan, target), plan[-1]['gpus'])}")
-    return "\n".join(f"  {note}" for note in notes)
+        notes += f"\n  {target:,} output tok/s need {gpus_text(gpus_needed(plan, target), plan[-1]['gpus'])}"
+    return notes
 
 
 def balance_rows(layers: Sequence[Routing], experts: int) -> list[dict]:

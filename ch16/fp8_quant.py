@@ -104,8 +104,8 @@ class FP8TransformerBlock(nn.Module):
         options = {"bias": False, "params_dtype": torch.bfloat16, "device": device}
 
         te, recipe = self.precision.te, self.precision.recipe  # te: transformer_engine.pytorch, or our layers
+        # Not in the chapter, whose layers keep BF16 weights. With gradients each layer would keep a transposed copy.
         weights = te.quantized_model_init(enabled=True, recipe=recipe) if recipe else contextlib.nullcontext()
-        # The chapter's autocast alone would keep BF16 weights, and with gradients each layer keeps a transposed copy.
         with torch.no_grad(), weights:
             self.qkv_proj = te.LayerNormLinear(hidden_size, qkv_size, **options)
             self.out_proj = te.Linear(hidden_size, hidden_size, **options)

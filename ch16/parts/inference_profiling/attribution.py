@@ -1,18 +1,26 @@
-"""Where the time of a phase went: each moment of it belongs to one kind of work, so the parts sum to the whole.
+"""Where the time of a phase went: each moment belongs to one kind of work, so the parts sum to the whole.
 
-On a GPU the phase is seen from the device: its kernels by kind, overlaps counted once, and the rest is idle. On a CPU
-it is seen from the thread that runs the operators: each operator's own time (without those it calls) by kind, and the
-rest is the interpreter and the framework between them.
+On a GPU the time is the device's: kernels by kind, overlaps counted once, and the rest is idle. On a CPU it is that of
+the thread that runs the operators: each operator's own time (without those it calls) by kind, and the rest is Python
+and the framework between them.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
-from ch16.parts.inference_profiling.trace import Event, Trace
+from torch.profiler import profile
+
+from ch16.parts.inference_profiling.trace import Event, Trace, activities, export
+from common.cli import CannotRun
 from common.results import Column
 
-PRODUCTS, ATTENTION, ELEMENTWISE = "matrix products", "attention", "normalisation, element-wise"
+SUM_TOLERANCE = 0.02  # relative difference of the parts' sum and the phase's wall time
+RANGE_S = 2e-4  # and seconds that it takes to enter and leave a range
+
+PRODUCTS, ATTENTION, ELEMENTWISE = "matrix products", "attention", "norm, element-wise"
 COPIES, GAPS = "memory copies", "launch gaps"
 KINDS = (PRODUCTS, ATTENTION, ELEMENTWISE, COPIES, GAPS)
 
@@ -46,8 +54,54 @@ OPERATION_COLUMNS = (
     Column("kind", "kind"),
     Column("calls", "calls", ",d"),
     Column("ms", "ms", ",.2f"),
-    Column("percent", "of the phases %", ".1f"),
+    Column("percent", "of phases %", ".1f"),
 )
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Named phases under the profiler."""
+
+    trace: Trace
+    seconds: Mapping[str, float]  # wall time per phase by the host's clock, the profiler running
+
+    @cached_property
+    def spans(self) -> dict[str, Event]:
+        """The phases in the trace."""
+        return {name: self.trace.span(name) for name in self.seconds}
+
+    @cached_property
+    def operations(self) -> list[dict]:
+        """Rows of OPERATION_COLUMNS: the ten with the most device time."""
+        return top_operations(self.trace, list(self.spans.values()))
+
+    def parts(self) -> dict[str, dict[str, float]]:
+        """Seconds per kind of work, by phase.
+
+        Raises:
+            CannotRun: they do not sum to the wall time, or the device worked outside the phases.
+        """
+        parts = {name: time_by_kind(self.trace, span) for name, span in self.spans.items()}
+        for name, times in parts.items():
+            if abs(sum(times.values()) - self.seconds[name]) > SUM_TOLERANCE * self.seconds[name] + RANGE_S:
+                raise CannotRun(
+                    f"the parts of {name} sum to {sum(times.values()):.4f} s, its wall time is {self.seconds[name]:.4f}"
+                )
+        inside = sum(times[kind] for times in parts.values() for kind in KINDS if kind != GAPS)
+        begin = min(span.start for span in self.spans.values())
+        ends = [kernel.end for kernel in self.trace.kernels if kernel.start >= begin]
+        whole = time_by_kind(self.trace, Event("all", begin, max(ends, default=begin)))
+        on_device = sum(whole.values()) - whole[GAPS] if ends else 0.0
+        if on_device > (1 + SUM_TOLERANCE) * inside:
+            raise CannotRun(f"the device worked {on_device:.4f} s, but only {inside:.4f} s are in the phases")
+        return parts
+
+
+def profiled(phases: Callable[[], Mapping[str, float]], on_gpu: bool, trace_file: str, memory: bool = False) -> Profile:
+    """Profile `phases`, which returns the seconds of each."""
+    with profile(activities=activities(on_gpu), profile_memory=memory) as profiler:
+        seconds = phases()
+    return Profile(export(profiler, trace_file, memory), seconds)
 
 
 def kind_of(name: str) -> str:
@@ -56,7 +110,7 @@ def kind_of(name: str) -> str:
 
 
 def time_by_kind(trace: Trace, span: Event) -> dict[str, float]:
-    """Seconds of each of KINDS within `span`; from the device where the trace has kernels, else from span's thread."""
+    """Seconds per kind within `span`, of the device if the trace has kernels, otherwise of the span's thread."""
     times, busy = dict.fromkeys(KINDS, 0.0), 0.0
     for event, seconds in _shares(trace, span):
         times[kind_of(event.name)] += seconds
@@ -66,7 +120,7 @@ def time_by_kind(trace: Trace, span: Event) -> dict[str, float]:
 
 
 def top_operations(trace: Trace, spans: Sequence[Event], count: int = 10) -> list[dict]:
-    """Rows of OPERATION_COLUMNS: the operations with the most device time (on a CPU: time of their own) in `spans`."""
+    """Rows of OPERATION_COLUMNS: the operations with the most device time (on a CPU: own time) in `spans`."""
     seconds, calls = defaultdict(float), defaultdict(int)
     for span in spans:
         for event, share in _shares(trace, span):
@@ -86,8 +140,8 @@ def top_operations(trace: Trace, spans: Sequence[Event], count: int = 10) -> lis
     ]
 
 
-def _short(name: str, limit: int = 60) -> str:
-    """A kernel's name in one line: without its return type, and of ATen's templates what they compute."""
+def _short(name: str, limit: int = 50) -> str:
+    """A kernel's name without its return type; of ATen's templates, what they compute."""
     name = name.removeprefix("void ")
     if template := re.match(r"at::native::(?:\(anonymous namespace\)::)?(\w+)<", name):
         computes = re.findall(r"\w+(?:Functor\w*|Ops|_cuda)\b", name)
@@ -96,7 +150,7 @@ def _short(name: str, limit: int = 60) -> str:
 
 
 def _shares(trace: Trace, span: Event) -> Iterator[tuple[Event, float]]:
-    """Each event that had a part of `span`, with its seconds; no moment belongs to two."""
+    """Each event within `span`, with its seconds; no moment is counted twice."""
     if trace.kernels:
         return _turns([event for event in trace.kernels if event.end > span.start and event.start < span.end], span)
     same_thread = [event for event in trace.ops if event.thread == span.thread]
@@ -104,7 +158,7 @@ def _shares(trace: Trace, span: Event) -> Iterator[tuple[Event, float]]:
 
 
 def _turns(events: Sequence[Event], span: Event) -> Iterator[tuple[Event, float]]:
-    """Where kernels overlap, the one that started first has the time; `events` by start."""
+    """Where kernels overlap, the time belongs to the kernel that started first; `events` by start."""
     at = span.start
     for event in events:
         end = min(event.end, span.end)

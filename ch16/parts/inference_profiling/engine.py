@@ -1,4 +1,4 @@
-"""The real engine profiled through vLLM's own switch, its trace read like torch's."""
+"""vLLM profiled by its own switch; its trace is read like torch's."""
 
 import contextlib
 import io
@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tqdm import tqdm
 
 from ch16.parts.inference_profiling.trace import Event, Trace, read_trace
 from common.cli import CannotRun, first_line
@@ -23,7 +25,7 @@ STEP = re.compile(r"execute_context_(\d+)\(\d+\)_generation_(\d+)\(\d+\)")
 
 @dataclass(frozen=True)
 class EngineProfile:
-    """A wave through the engine: its trace and the file, its phases in it, their seconds as the client sees them."""
+    """A wave of requests: its trace, its phases in the trace, and their seconds as the client measures them."""
 
     path: Path
     trace: Trace
@@ -33,7 +35,7 @@ class EngineProfile:
 
 
 def start_profiled_engine(settings: Mapping[str, object], folder: str, stacks: bool) -> tuple["LLM", float]:
-    """An engine whose profiler is ready but off, and the seconds it took to start."""
+    """An engine whose profiler is ready but off, and the seconds that the start took."""
     try:
         from vllm.config import ProfilerConfig
     except ImportError as error:
@@ -51,7 +53,7 @@ def start_profiled_engine(settings: Mapping[str, object], folder: str, stacks: b
 def profile_engine(
     llm: "LLM", folder: str, batch: int, prompt_tokens: int, steps: int, vocab_size: int, seed: int
 ) -> EngineProfile:
-    """Profile one wave of `batch` prompts: prefill, and `steps` decode steps.
+    """Profile a wave of `batch` prompts: prefill, and `steps` decode steps.
 
     Raises:
         CannotRun: the engine wrote no trace, or one in which the steps cannot be found.
@@ -65,9 +67,8 @@ def profile_engine(
         first = max(tokens[0] for tokens in arrived)
         return first - min(sent), max(tokens[steps] for tokens in arrived) - first
 
-    for round_ in range(2):  # warm up: the first waves compile, and fill caches
-        wave(round_)
-    prefill, decode = zip(*(wave(round_) for round_ in range(2, 5)), strict=True)
+    waves = [wave(round_) for round_ in tqdm(range(5), desc="waves", leave=False, disable=None)]
+    prefill, decode = zip(*waves[2:], strict=True)  # the first two compile, and fill caches
     seconds = {"prefill": percentile(prefill, 50), "decode": percentile(decode, 50)}
     try:
         llm.start_profile()
@@ -82,7 +83,7 @@ def profile_engine(
 
 def _worker_trace(folder: Path) -> tuple[Path, Trace]:
     files = sorted(folder.glob("*.pt.trace.json*"))
-    for path in files:  # the engine's front end writes one, too
+    for path in files:  # the engine's front end writes a trace as well
         trace = read_trace(path)
         if any(STEP.search(event.name) for event in trace.ranges):
             return path, trace
@@ -90,9 +91,9 @@ def _worker_trace(folder: Path) -> tuple[Path, Trace]:
 
 
 def step_spans(trace: Trace, batch: int, steps: int) -> dict[str, Event]:
-    """ "prefill" and "decode" (`steps` of it): from the start of a step to the start of another.
+    """ "prefill" and "decode" (`steps` steps), each from the start of a step to the start of a later one.
 
-    Where the device has ranges of its own, they count: the host runs ahead of it.
+    Ranges of the device count if there are any, because the host runs ahead.
 
     Raises:
         CannotRun: no prefill, fewer than `steps` + 1 decode steps of the whole `batch` after it, or a step of both.
@@ -107,10 +108,10 @@ def step_spans(trace: Trace, batch: int, steps: int) -> dict[str, Event]:
             f"the trace has {len(prompts)} prefill and then {len(answers)} decode steps; 1 and {steps + 1} are needed"
         )
     edges = {"prefill": (prompts[0], answers[0]), "decode": (answers[0], answers[steps])}
-    return {name: Event(name, one.start, two.start, one.thread) for name, (one, two) in edges.items()}
+    return {name: Event(name, first.start, after.start, first.thread) for name, (first, after) in edges.items()}
 
 
 def _steps(ranges: Sequence[Event]) -> list[tuple[Event, int, int]]:
-    """Steps by start, with the requests that each prefilled and decoded."""
+    """Steps by start, each with its numbers of requests in prefill and in decode."""
     found = ((event, STEP.search(event.name)) for event in ranges)
     return [(event, int(match[1]), int(match[2])) for event, match in found if match]

@@ -1,7 +1,7 @@
-"""The same decode steps launched in four ways: eager, compiled, and both replayed as a CUDA graph.
+"""The same decode steps in four launch modes: eager, compiled, and both replayed as a CUDA graph.
 
-A step that a CUDA graph can replay finds all its state in tensors that stay where they are: the last token, and a cache
-of fixed size that knows how full it is.
+A CUDA graph can replay a step whose state is in tensors that stay in place: the last token, and a cache of fixed size
+that knows how full it is.
 """
 
 import os
@@ -18,16 +18,16 @@ from common.cli import CannotRun, first_line
 from common.device import synchronise
 from common.timing import graphed
 
-# Relative error of logits by which the same kernels may differ from run to run: a product that is split over the device
-# may be summed in another order. Something else would be off by 1.
+# Relative error of logits between runs of the same kernels: a product that is split over the device may be summed in
+# another order. A different computation would be off by 1.
 SAME_ERROR = 0.05
-# And by which fused kernels, which round less often: BF16 rounds by up to 0.4%, and that adds up over the layers (6%
-# after the 32 of an 8B shape with random weights).
+# The same for fused kernels, which round less often: BF16 rounds by up to 0.4%, and that adds up over the layers (6%
+# after the 32 layers of an 8B shape with random weights).
 COMPILED_ERROR = 0.15
 
 
 class Decoder:
-    """Greedy decoding of one token a step for each of `prompt` [B, S], in a cache with room for `steps` more."""
+    """Greedy decoding of one token per step after `prompt` [B, S], in a cache with room for `steps` more."""
 
     def __init__(self, network: nn.Module, prompt: torch.Tensor, steps: int) -> None:
         self.network, self.prompt = network, prompt
@@ -40,7 +40,7 @@ class Decoder:
         """Back to the end of the prompt, in the same tensors."""
         if self.logits is not None:
             self.cache.reset()
-        # Logits of the last token alone: those of a long prompt would need gigabytes that nothing reads.
+        # Logits of the last token alone: all of a long prompt would take gigabytes that nothing reads.
         output = self.network(self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         if self.logits is None:
             self.logits = output.logits.clone()
@@ -55,11 +55,11 @@ class Decoder:
     def logits_of(
         self, step: Callable[[], object], steps: int, given: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `step` makes from the prompt on: tokens [B, steps], and logits [B, steps, vocab].
+        """Tokens [B, steps] and logits [B, steps, vocab] of `steps` steps after the prompt.
 
         Args:
-            given: tokens [B, steps] to go on with after each step, instead of its own: a choice that falls the other
-                way by rounding then does not change the steps after it.
+            given: tokens [B, steps] that replace the step's own: a near-tie that flips by rounding then does not change
+                the later steps.
         """
         self.rewind()
         tokens, logits = [], []
@@ -73,12 +73,12 @@ class Decoder:
 
 
 def launch_modes(decoder: Decoder, compiled: bool) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
-    """Ways to launch `decoder.step`, the first of them eager; and the seconds each took to prepare.
+    """Modes to launch `decoder.step`, eager first, and the seconds to prepare each.
 
-    Where a step is not replayable, eager is the only one.
+    A step that is not replayable has eager mode only.
 
     Args:
-        compiled: also by torch.compile.
+        compiled: also use torch.compile.
 
     Raises:
         CannotRun: the compiler failed.
@@ -112,7 +112,7 @@ def why_not_replayable(decoder: Decoder) -> str:
 
 
 def why_not_compiled(device: str) -> str:
-    """Why torch.compile cannot work here; "" if it can: its CPU kernels are C++, its GPU launchers C."""
+    """Why torch.compile cannot work here; "" if it can. Its CPU kernels are C++, its GPU launchers C."""
     name = os.environ.get("CC", "gcc") if device == "cuda" else os.environ.get("CXX", "g++")
     return "" if shutil.which(name.split()[0]) else f"no {name} on this machine"
 
@@ -120,8 +120,8 @@ def why_not_compiled(device: str) -> str:
 def _compiled(decoder: Decoder) -> Callable[[], object]:
     import torch._inductor.config as inductor
 
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it would go on without being compiled
-    inductor.cpp.enable_kernel_profile = True  # else fused CPU kernels would be missing in a trace
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # otherwise it would go on uncompiled
+    inductor.cpp.enable_kernel_profile = True  # otherwise a trace lacks fused CPU kernels
     step = torch.compile(decoder.step, dynamic=False)
     try:
         step()
@@ -133,14 +133,14 @@ def _compiled(decoder: Decoder) -> Callable[[], object]:
 
 
 def check_same(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> float:
-    """The largest error of the logits [B, steps, vocab] of a step, relative to their norm.
+    """The largest error of the logits [B, steps, vocab] of a step of this launch mode, relative to their norm.
 
     Raises:
         CannotRun: it is larger than `tolerance`.
     """
     difference = (found.float() - expected.float()).norm(dim=(0, 2)) / expected.float().norm(dim=(0, 2))  # [steps]
     error = float(difference.max())
-    if not error <= tolerance:  # not a number is no less wrong
+    if not error <= tolerance:  # also true of NaN
         step = int(difference.argmax()) + 1
         raise CannotRun(f"{name} computes something else: the logits of step {step} are off by {error:.1%}")
     return error

@@ -1,39 +1,50 @@
-"""The picture of a profile: time by kind, roofline, memory."""
+"""The picture of a profile: time by kind of work, and the roofline."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from ch16.parts.inference_profiling.attribution import GAPS, KINDS
+from ch16.parts.inference_profiling.attribution import KINDS
 from ch16.parts.inference_profiling.tables import KIND_KEYS
 from ch16.parts.inference_profiling.work import Limits
-from common.plots import draw, save_plot
+from common.gpu import Machine
+from common.plots import COLOURS, draw, legend_below, save_plot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+KIND_COLOURS = ("variant", "second", "third", "fourth", "quiet")  # of KINDS
+POINT_COLOURS = ("baseline", "variant", "second", "third", "fourth")  # prefill, decode, launch modes
 
 
-def plot(path: str, kinds: Sequence[dict], points: Sequence[dict], limits: Limits, memory: Mapping) -> None:
-    """Time by kind for each phase, the roofline with the measured points, and allocated memory over time."""
-    figure, axes = draw(3 if memory else 2)
-    bars, roofline = axes[:2]
-    left = [0.0] * len(kinds)
-    for key, kind in zip(KIND_KEYS, KINDS, strict=True):
-        width = [row[key] for row in kinds]
-        bars.barh(
-            [row["what"] for row in kinds], width, left=left, label=kind, color="lightgrey" if kind == GAPS else None
-        )
-        left = [a + b for a, b in zip(left, width, strict=True)]
-    bars.invert_yaxis()
-    bars.set(title="where the time goes (profiled)", xlabel="% of the phase", xlim=(0, 100))
-    bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize="small", frameon=False)
-    at = [row["intensity"] for row in points] + [limits.ridge]
-    x = [min(at) / 4, limits.ridge, max(at) * 4]
-    roof = [min(limits.flops_per_s, limits.bytes_per_s * one) / 1e12 for one in x]
-    roofline.loglog(x, roof, color="grey", label=f"limits ({limits.source.split(':')[0]})")
-    for row in points:
-        roofline.loglog(row["intensity"], row["tflop_per_s"], "o", label=f"{row['what']}: {row['verdict']}")
-    roofline.set(title="roofline", xlabel="FLOP/byte", ylabel="TFLOP/s")
-    roofline.legend(fontsize="small")
-    start = min((changes[0][0] for changes in memory.values()), default=0.0)
-    for name, changes in memory.items():
-        axes[2].step([1e3 * (t - start) for t, _ in changes], [b / 1e6 for _, b in changes], where="post", label=name)
-    if memory:
-        axes[2].set(title="memory allocated", xlabel="ms", ylabel="MB", ylim=(0, None))
-        axes[2].legend()
-    save_plot(figure, path)
+def plot(path: str, tables: Mapping[str, Sequence[dict]], limits: Limits, model: str, machine: Machine) -> None:
+    """`tables`: rows of the script's tables, by their names in the JSON."""
+    figure, (bars, roofline) = draw(2)
+    prefill, decode = tables["bounds"]
+    _kinds(bars, tables["kinds"])
+    modes = [row for row in tables.get("modes", ()) if row["what"] != "eager"]  # `decode` is eager
+    _roofline(roofline, [prefill, decode, *modes], limits)
+    save_plot(figure, path, f"Prefill is {prefill['verdict']}, decode is {decode['verdict']}", model, machine)
+
+
+def _kinds(axis: "Axes", rows: Sequence[dict]) -> None:
+    names = [row["what"].replace("compiled, CUDA", "compiled,\nCUDA") for row in rows]
+    left = [0.0] * len(rows)
+    for key, kind, colour in zip(KIND_KEYS, KINDS, KIND_COLOURS, strict=True):
+        width = [row[key] for row in rows]
+        axis.barh(names, width, left=left, label=kind, color=COLOURS[colour])
+        left = [before + share for before, share in zip(left, width, strict=True)]
+    axis.invert_yaxis()
+    axis.set(title="Time by kind of work, profiled", xlabel="% of the phase", ylabel="phase", xlim=(0, 100))
+    legend_below(axis)
+
+
+def _roofline(axis: "Axes", points: Sequence[dict], limits: Limits) -> None:
+    intensities = [row["intensity"] for row in points] + [limits.ridge]
+    x = [min(intensities) / 4, limits.ridge, max(intensities) * 4]
+    roof = [min(limits.flops_per_s, limits.bytes_per_s * intensity) / 1e12 for intensity in x]
+    axis.loglog(x, roof, color=COLOURS["limit"], label=f"limits ({limits.source.split(':')[0]})")
+    for row, colour in zip(points, POINT_COLOURS, strict=False):
+        style = {"color": COLOURS[colour], "markersize": 10, "label": row["what"]}
+        axis.loglog(row["intensity"], row["tflop_per_s"], "o", **style)
+    axis.set(title="Roofline", xlabel="FLOP/byte", ylabel="TFLOP/s")
+    legend_below(axis)

@@ -1,15 +1,15 @@
-"""Rows of the tables: a phase's time by kind of work, and its counted work against the limits."""
+"""Columns and rows of the tables: time by kind of work, counted work against the limits, launch modes, profilers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ch16.parts.inference_profiling.attribution import GAPS, KINDS
-from ch16.parts.inference_profiling.work import Limits, Weights, Work, count, verdict
+from ch16.parts.inference_profiling.work import Limits, Weights, Work, count
 from common.results import Column
 
 
 @dataclass(frozen=True)
-class Load:
+class ProfiledRun:
     """What is profiled: `batch` sequences of `prompt` tokens, then `steps` decode steps of one token each."""
 
     batch: int
@@ -18,33 +18,54 @@ class Load:
 
 
 Parts = Mapping[str, Mapping[str, float]]  # seconds of each kind, by phase
+RooflineVerdict = Callable[[Work, Limits, float], str]  # the script's `verdict`
 
 KIND_KEYS = ("matrix_percent", "attention_percent", "elementwise_percent", "copies_percent", "gaps_percent")
 KINDS_COLUMNS = (
     Column("what", "phase"),
     Column("ms", "ms, profiled", ",.2f"),
     *(Column(key, f"{kind} %", ".1f") for key, kind in zip(KIND_KEYS, KINDS, strict=True)),
-    Column("sum_percent", "sum, of wall time %", ".1f"),
+    Column("sum_percent", "sum, % of wall time", ".1f", detail=True),
 )
 BOUNDS_COLUMNS = (
     Column("what", "phase"),
-    Column("tokens", "tokens", ",d"),
+    Column("tokens", "tokens", ",d", detail=True),
     Column("ms", "ms", ",.2f"),
-    Column("tokens_per_s", "tokens/s", ",.0f"),
-    Column("gflop", "GFLOP", ",.1f"),
-    Column("gb", "GB", ",.2f"),
+    Column("tokens_per_s", "tokens/s", ",.0f", detail=True),
+    Column("gflop", "GFLOP", ",.1f", detail=True),
+    Column("gb", "GB", ",.2f", detail=True),
     Column("intensity", "FLOP/byte", ",.1f"),
     Column("tflop_per_s", "TFLOP/s", ",.2f"),
-    Column("compute_percent", "of compute limit %", ".1f"),
+    Column("compute_percent", "compute, % of roofline", ".1f"),
     Column("gb_per_s", "GB/s", ",.1f"),
-    Column("memory_percent", "of memory limit %", ".1f"),
+    Column("memory_percent", "memory, % of roofline", ".1f"),
     Column("idle_percent", "launch gaps %", ".1f"),
     Column("verdict", "verdict"),
+)
+MODES_COLUMNS = (
+    Column("what", "launch mode"),
+    Column("step_ms", "ms per step", ".2f"),
+    Column("tokens_per_s", "tokens/s", ",.0f", detail=True),
+    Column("over_eager", "speed-up over eager", ".2f"),
+    Column("busy_ms", "ms busy", ".2f", detail=True),
+    Column("idle_percent", "launch gaps %", ".1f"),
+    Column("memory_percent", "memory, % of roofline", ".1f"),
+    Column("verdict", "verdict"),
+    Column("error_percent", "logits differ %", ".1f"),
+    Column("same", "steps with eager's tokens", "d", detail=True),
+    Column("prepare_s", "s to prepare", ".1f"),
+)
+COST_COLUMNS = (
+    Column("what", "profiler"),
+    Column("prefill_ms", "prefill ms", ",.2f"),
+    Column("decode_ms", "decode ms", ",.2f"),
+    Column("prefill_ratio", "prefill, vs. off", ".2f"),
+    Column("decode_ratio", "decode, vs. off", ".2f"),
 )
 
 
 def kinds_row(what: str, parts: Mapping[str, float], wall: float) -> dict:
-    """A row of KINDS_COLUMNS from seconds by kind, and the wall time they are a part of."""
+    """A row of KINDS_COLUMNS from seconds by kind and the wall time of the phase."""
     whole = sum(parts.values())
     shares = {key: 100 * parts[kind] / whole for key, kind in zip(KIND_KEYS, KINDS, strict=True)}
     return {"what": what, "ms": 1e3 * whole, **shares, "sum_percent": 100 * whole / wall}
@@ -53,15 +74,17 @@ def kinds_row(what: str, parts: Mapping[str, float], wall: float) -> dict:
 def gap_share(parts: Mapping[str, float], seconds: float, device: str) -> float:
     """Share of launch gaps in a phase that took `seconds` without the profiler.
 
-    The profiler slows the host down, not the kernels: on a GPU their time is held against the time without it. On a
-    CPU both run on the same cores, and the share is that of the profiled run.
+    The profiler slows down the host, not the kernels: on a GPU their time is divided by the time without it. On a CPU
+    both run on the same cores, and the share is that of the profiled run.
     """
     busy = sum(parts.values()) - parts[GAPS]
     return max(0.0, 1 - busy / seconds) if device == "cuda" else parts[GAPS] / sum(parts.values())
 
 
-def bounds_row(what: str, tokens: int, work: Work, seconds: float, gaps: float, limits: Limits) -> dict:
-    """A row of BOUNDS_COLUMNS: the work of a phase, the time it took, the share of gaps in it."""
+def bounds_row(
+    what: str, tokens: int, work: Work, seconds: float, gaps: float, limits: Limits, verdict: RooflineVerdict
+) -> dict:
+    """A row of BOUNDS_COLUMNS: the work of a phase, its time, its share of gaps."""
     return {
         "what": what,
         "tokens": tokens,
@@ -79,17 +102,38 @@ def bounds_row(what: str, tokens: int, work: Work, seconds: float, gaps: float, 
     }
 
 
-def work_of_phases(weights: Weights, config: Mapping, load: Load, prompt_logits: int) -> dict[str, Work]:
-    """Work of the prefill, which computes logits of `prompt_logits` tokens of each prompt, and of the decode steps."""
-    decode = [count(weights, config, 1, load.prompt + i, 1, load.batch) for i in range(load.steps)]
-    prefill = count(weights, config, load.prompt, 0, prompt_logits, load.batch)
-    return {"prefill": prefill, "decode": sum(decode[1:], decode[0])}
-
-
 def bounds_rows(
-    load: Load, parts: Parts, seconds: Mapping[str, float], work: Mapping[str, Work], device: str, limits: Limits
+    run: ProfiledRun,
+    parts: Parts,
+    seconds: Mapping[str, float],
+    work: Mapping[str, Work],
+    device: str,
+    limits: Limits,
+    verdict: RooflineVerdict,
 ) -> list[dict]:
     """Rows of BOUNDS_COLUMNS for both phases, from seconds without the profiler."""
-    tokens = {"prefill": load.batch * load.prompt, "decode": load.batch * load.steps}
+    tokens = {"prefill": run.batch * run.prompt, "decode": run.batch * run.steps}
     gaps = {name: gap_share(parts[name], seconds[name], device) for name in parts}
-    return [bounds_row(name, tokens[name], work[name], seconds[name], gaps[name], limits) for name in parts]
+    return [bounds_row(name, tokens[name], work[name], seconds[name], gaps[name], limits, verdict) for name in parts]
+
+
+def modes_row(bounds: Mapping[str, object], steps: int, speedup: float, error: float, same: int, took: float) -> dict:
+    """A row of MODES_COLUMNS, from that of BOUNDS_COLUMNS and the seconds that the mode took to prepare."""
+    step_ms = bounds["ms"] / steps
+    row = {"step_ms": step_ms, "over_eager": speedup, "busy_ms": step_ms * (1 - bounds["idle_percent"] / 100)}
+    return dict(bounds) | row | {"error_percent": 100 * error, "same": same, "prepare_s": took}
+
+
+def cost_row(what: str, seconds: Mapping[str, float], off: Mapping[str, float]) -> dict:
+    """A row of COST_COLUMNS from the seconds of both phases with a profiler and without."""
+    row: dict[str, object] = {"what": what}
+    for name in ("prefill", "decode"):
+        row |= {f"{name}_ms": 1e3 * seconds[name], f"{name}_ratio": seconds[name] / off[name]}
+    return row
+
+
+def work_of_phases(weights: Weights, config: Mapping, run: ProfiledRun, prompt_logits: int) -> dict[str, Work]:
+    """Work of the prefill, which computes logits of `prompt_logits` tokens per prompt, and of the decode steps."""
+    decode = [count(weights, config, 1, run.prompt + i, 1, run.batch) for i in range(run.steps)]
+    prefill = count(weights, config, run.prompt, 0, prompt_logits, run.batch)
+    return {"prefill": prefill, "decode": sum(decode[1:], decode[0])}

@@ -1,4 +1,4 @@
-"""Chrome traces as torch.profiler (and vLLM, which uses it) writes them: read, with memory as a track of its own.
+"""Chrome traces of torch.profiler (which vLLM uses as well): written, read, with memory as a track of its own.
 
 Format: "Trace Event Format" of the Chromium project; Perfetto (ui.perfetto.dev) opens it.
 """
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch.profiler import ProfilerActivity, profile
+
 from common.cli import CannotRun, first_line
 
 DEVICE_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -19,7 +21,7 @@ DEVICE_NAMES = {0: "CPU", 1: "GPU"}  # c10::DeviceType
 
 @dataclass(frozen=True)
 class Event:
-    """Something that took time: seconds since an arbitrary zero, which all events of a trace share."""
+    """Something that took time; all events of a trace count seconds from the same zero."""
 
     name: str
     start: float
@@ -28,19 +30,18 @@ class Event:
 
     @property
     def seconds(self) -> float:
-        """How long it took."""
+        """Its duration."""
         return self.end - self.start
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a trace says about time and memory, each list by start."""
+    """What a trace says about time, each list by start."""
 
-    ops: Sequence[Event]  # operators on the host; one contains those that it calls
+    ops: Sequence[Event]  # operators on the host; an operator contains those that it calls
     kernels: Sequence[Event]  # kernels and copies on the device
     ranges: Sequence[Event]  # named ranges on the host
     device_ranges: Sequence[Event]  # the same ranges as the device worked on them
-    memory: dict[str, list[tuple[float, int]]]  # "CPU", "GPU": (seconds, bytes allocated), at each change
 
     def span(self, name: str) -> Event:
         """The only range of that name.
@@ -54,6 +55,25 @@ class Trace:
         return found[0]
 
 
+def activities(on_gpu: bool) -> list[ProfilerActivity]:
+    """What torch.profiler records: the host and, on a GPU, its kernels."""
+    return [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+
+
+def export(profiler: profile, path: str, memory: bool = True) -> Trace:
+    """Write a profile as a trace, and read it; `memory`: with a track of allocated bytes.
+
+    Raises:
+        CannotRun: the trace cannot be written.
+    """
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(path)
+    except (OSError, RuntimeError) as error:
+        raise CannotRun(f"cannot write the trace to {path}: {first_line(error)}") from None
+    return add_memory_track(path) if memory else read_trace(path)
+
+
 def read_trace(path: str | Path) -> Trace:
     """Read a trace, plain or gzipped.
 
@@ -64,9 +84,9 @@ def read_trace(path: str | Path) -> Trace:
 
 
 def add_memory_track(path: str | Path) -> Trace:
-    """Give a trace file (torch.profiler's, with `profile_memory`) a counter track of allocated bytes for each device.
+    """Give a trace file (torch.profiler's, with `profile_memory`) a counter track of allocated bytes per device.
 
-    The profiler notes each allocation as an event without length; a counter is what a viewer draws as a timeline.
+    The profiler notes each allocation as an event without length; a viewer draws a counter as a timeline.
 
     Raises:
         CannotRun: as `read_trace`.
@@ -119,16 +139,13 @@ def _device(event: dict) -> str:
 
 def _trace(content: dict) -> Trace:
     by_category: dict[str, list[Event]] = defaultdict(list)
-    memory: dict[str, list[tuple[float, int]]] = defaultdict(list)
     for event in content["traceEvents"]:
         if event.get("ph") == "X" and "dur" in event:
             start = event["ts"] / 1e6  # microseconds
-            one = Event(event["name"], start, start + event["dur"] / 1e6, event.get("tid"))
-            by_category[event.get("cat")].append(one)
-        elif _is_memory(event):
-            memory[_device(event)].append((event["ts"] / 1e6, event["args"]["Total Allocated"]))
+            found = Event(event["name"], start, start + event["dur"] / 1e6, event.get("tid"))
+            by_category[event.get("cat")].append(found)
     for events in by_category.values():
         events.sort(key=lambda event: event.start)
     kernels = sorted((e for c in DEVICE_CATEGORIES for e in by_category[c]), key=lambda event: event.start)
     on_host, on_device = (by_category[category] for category in RANGE_CATEGORIES)
-    return Trace(by_category["cpu_op"], kernels, on_host, on_device, {k: sorted(v) for k, v in memory.items()})
+    return Trace(by_category["cpu_op"], kernels, on_host, on_device)

@@ -1,8 +1,4 @@
-"""Work that is counted, not measured: FLOPs and bytes of a forward pass, and what the machine's limits make of them.
-
-The roofline model (Williams, Waterman and Patterson, "Roofline: an insightful visual performance model", 2009): work of
-F FLOPs on B bytes takes at least max(F / peak FLOP/s, B / peak bytes/s).
-"""
+"""Work that is counted, not measured: FLOPs and bytes of a forward pass, and the machine's limits for both."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +22,7 @@ class Work:
 
     @property
     def intensity(self) -> float:
-        """FLOPs a byte."""
+        """FLOPs per byte."""
         return self.flops / self.bytes
 
     def __add__(self, other: "Work") -> "Work":
@@ -35,18 +31,18 @@ class Work:
 
 @dataclass(frozen=True)
 class Weights:
-    """Numbers in the matrices of a dense decoder: those of its layers, and the head that makes logits."""
+    """Weights in the matrices of a dense decoder: of its layers, and of the head that makes logits."""
 
     layers: int
     head: int
-    itemsize: int = 2  # bytes of a number
+    itemsize: int = 2  # bytes per weight
 
     @staticmethod
     def of(network: nn.Module, name: str) -> "Weights":
-        """Count them in a transformers model (one on the meta device will do).
+        """Count them in a transformers model; the meta device is enough.
 
         Raises:
-            CannotRun: most weights are in no linear layer, as those of a mixture of experts: not all of them are used.
+            CannotRun: many weights are not in linear layers, as in a mixture of experts: not all of them are used.
         """
         head = network.get_output_embeddings().weight
         layers = sum(m.weight.numel() for m in network.modules() if isinstance(m, nn.Linear) and m.weight is not head)
@@ -62,13 +58,13 @@ def count(
 ) -> Work:
     """Work of one forward pass over `tokens` new tokens of each of `batch` sequences after `context` earlier ones.
 
-    FLOPs: two a weight and token, and in attention two products of 2 * head_dim FLOPs a head for each key that a token
-    sees. Bytes: weights once, the keys and values of the context read and those of the tokens written. Activations
-    are left out: a fused kernel keeps them on the chip, so these bytes are a lower bound.
+    FLOPs: two per weight and token; in attention, two products of 2 * head_dim FLOPs per head and key that a token
+    sees. Bytes: weights once, keys and values of the context read and of the new tokens written. Activations are left
+    out (a fused kernel keeps them on the chip), so the bytes are a lower bound.
 
     Args:
-        config: of the model, as in its config.json.
-        logits: tokens of each sequence whose logits are computed.
+        config: the model's config.json.
+        logits: tokens per sequence whose logits are computed.
     """
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
@@ -80,10 +76,10 @@ def count(
 
 
 def require_countable(model: Model) -> None:
-    """What `count` knows: full attention, unquantized weights, the usual names of sizes.
+    """Check what `count` relies on: full attention, unquantized weights, the usual names of sizes.
 
     Raises:
-        CannotRun: the model has something else.
+        CannotRun: the model differs.
     """
     config, problem = model.config, ""
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -100,7 +96,7 @@ def require_countable(model: Model) -> None:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a device can do at most: FLOP/s in its `Machine.dtype`, bytes/s, and how that is known."""
+    """The most that a device can do: FLOP/s in its `Machine.dtype`, bytes/s, and their source."""
 
     flops_per_s: float
     bytes_per_s: float
@@ -108,12 +104,12 @@ class Limits:
 
     @property
     def ridge(self) -> float:
-        """FLOPs a byte from which on computing, not memory, is the limit."""
+        """FLOPs per byte above which compute, not memory, is the limit."""
         return self.flops_per_s / self.bytes_per_s
 
 
 def limits_of(machine: Machine) -> Limits:
-    """The data sheet's limits; where none is known, those of a large product and a large sum measured now."""
+    """The data sheet's limits; without a data sheet, those of a large product and a large sum, measured now."""
     peak = machine.peak
     if peak.bf16_flops and peak.bytes_per_s:
         return Limits(peak.bf16_flops, peak.bytes_per_s, "data sheet")
@@ -125,10 +121,3 @@ def limits_of(machine: Machine) -> Limits:
     summed = min(measure(many.sum, device, warmup=1, repeats=5).seconds)
     source = f"measured now: a product of {size} by {size} in {DTYPE_NAMES[machine.dtype]}, a sum of 256 MiB"
     return Limits(2 * size**3 / product, many.nbytes / summed, source)
-
-
-def verdict(work: Work, limits: Limits, gap_share: float) -> str:
-    """ "launch-bound" where the device idles more than half of the time, else the limit that is reached first."""
-    if gap_share > 0.5:
-        return "launch-bound"
-    return "compute-bound" if work.intensity > limits.ridge else "memory-bound"

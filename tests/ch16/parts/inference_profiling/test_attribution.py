@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ch16.parts.inference_profiling.attribution import GAPS, KINDS, kind_of, time_by_kind, top_operations
+from ch16.parts.inference_profiling.attribution import GAPS, KINDS, Profile, kind_of, time_by_kind, top_operations
 from ch16.parts.inference_profiling.trace import Event, Trace
+from common.cli import CannotRun
 
 PRODUCTS, ATTENTION, ELEMENTWISE, COPIES, _ = KINDS
 
@@ -14,7 +15,7 @@ def trace_of(ops=(), kernels=()):
     def by_start(events):
         return sorted(events, key=lambda event: event.start)
 
-    return Trace(by_start(ops), by_start(kernels), [], [], {})
+    return Trace(by_start(ops), by_start(kernels), [], [])
 
 
 SPAN = Event("phase", 10.0, 20.0, 1)
@@ -122,8 +123,28 @@ def test_kinds_of_real_names(name, kind):
         ),
         ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<at::native::Opaque>", "CatArrayBatchedCopy"),
         ("nvjet_sm90_tst", "nvjet_sm90_tst"),
-        ("x" * 99, "x" * 57 + "..."),
+        ("x" * 99, "x" * 47 + "..."),
     ],
 )
 def test_names_in_a_table(name, short):
     assert top_operations(trace_of((), [Event(name, 11, 12)]), [SPAN])[0]["name"] == short
+
+
+def profile_of(seconds, kernels=()):
+    span = Event("decode", 10.0, 12.0, 1)
+    return Profile(Trace([], list(kernels), [span], []), {"decode": seconds})
+
+
+def test_parts_that_do_not_sum_to_the_wall_time():
+    assert profile_of(2.03).parts()["decode"][GAPS] == 2.0
+    for seconds in (2.1, 1.9):
+        with pytest.raises(CannotRun, match="the parts of decode sum to"):
+            profile_of(seconds).parts()
+
+
+def test_work_of_the_device_outside_the_phases():
+    """A kernel before the first phase is warm-up; one after the last belongs to it and was not waited for."""
+    inside, before, after = Event("nvjet", 10.5, 11.5), Event("nvjet", 8, 9), Event("nvjet", 12, 12.5)
+    assert profile_of(2.0, [before, inside]).parts()["decode"]["matrix products"] == 1.0
+    with pytest.raises(CannotRun, match=r"the device worked 1\.5000 s, but only 1\.0000 s are in the phases"):
+        profile_of(2.0, [inside, after]).parts()

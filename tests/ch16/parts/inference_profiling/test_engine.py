@@ -17,30 +17,30 @@ def steps(*names, shift=0.0):
 
 
 def test_phases_go_from_start_to_start():
-    trace = Trace([], [], steps("other", PREFILL, DECODE, DECODE, DECODE), [], {})
+    trace = Trace([], [], steps("other", PREFILL, DECODE, DECODE, DECODE), [])
     assert step_spans(trace, 1, 2) == {"prefill": Event("prefill", 1, 2, 3), "decode": Event("decode", 2, 4, 3)}
 
 
 def test_a_prompt_in_chunks_is_one_phase():
-    trace = Trace([], [], steps(PREFILL, PREFILL, DECODE, DECODE), [], {})
+    trace = Trace([], [], steps(PREFILL, PREFILL, DECODE, DECODE), [])
     assert step_spans(trace, 1, 1)["prefill"] == Event("prefill", 0, 2, 3)
 
 
 def test_the_device_counts_where_it_has_ranges():
     names = (PREFILL, DECODE, DECODE)
-    trace = Trace([], [], steps(*names), steps(*names, shift=0.25), {})
+    trace = Trace([], [], steps(*names), steps(*names, shift=0.25))
     assert step_spans(trace, 1, 1)["prefill"].start == 0.25
 
 
 @pytest.mark.parametrize("names", [(), (PREFILL,), (DECODE, DECODE), (PREFILL, DECODE), (DECODE, PREFILL, DECODE)])
 def test_steps_that_are_missing(names):
     with pytest.raises(CannotRun, match=r"prefill and then \d decode steps; 1 and 2 are needed"):
-        step_spans(Trace([], [], steps(*names), [], {}), 1, 1)
+        step_spans(Trace([], [], steps(*names), []), 1, 1)
 
 
 def test_steps_of_a_part_of_the_batch_do_not_count():
     full, part = "execute_context_0(0)_generation_4(4)", "execute_context_0(0)_generation_3(3)"
-    trace = Trace([], [], steps(PREFILL, full, full, part), [], {})
+    trace = Trace([], [], steps(PREFILL, full, full, part), [])
     assert step_spans(trace, 4, 1)["decode"] == Event("decode", 1, 2, 3)
     with pytest.raises(CannotRun, match="1 prefill and then 2 decode steps; 1 and 3 are needed"):
         step_spans(trace, 4, 2)
@@ -49,7 +49,7 @@ def test_steps_of_a_part_of_the_batch_do_not_count():
 def test_a_step_of_both_is_refused():
     mixed = "execute_context_5(1000)_generation_4(4)"
     with pytest.raises(CannotRun, match=r"mixed prefill and decode in a step \(execute_context_5"):
-        step_spans(Trace([], [], steps(PREFILL, mixed, DECODE, DECODE), [], {}), 1, 1)
+        step_spans(Trace([], [], steps(PREFILL, mixed, DECODE, DECODE), []), 1, 1)
 
 
 def test_a_missing_vllm_is_one_line(monkeypatch):

@@ -1,4 +1,4 @@
-"""Counted work against PyTorch's own counter and numbers worked by hand; verdicts at the edges."""
+"""Counted work against PyTorch's own counter and numbers worked by hand; limits from the data sheet or measured."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from ch16.parts.inference_profiling import work
-from ch16.parts.inference_profiling.work import Limits, Weights, Work, count, limits_of, require_countable, verdict
+from ch16.parts.inference_profiling.work import Limits, Weights, count, limits_of, require_countable
 from common import models
 from common.cli import CannotRun
 from common.gpu import Peak, detect
@@ -68,15 +68,6 @@ def test_a_prompt_in_two_parts_is_the_same_arithmetic(tokens, more, batch):
     whole = count(weights, config, tokens + more, 0, 0, batch)
     parts = count(weights, config, tokens, 0, 0, batch) + count(weights, config, more, tokens, 0, batch)
     assert whole.flops == parts.flops and whole.bytes < parts.bytes
-
-
-@pytest.mark.parametrize(
-    ("flops", "gaps", "expected"),
-    [(9, 0.1, "memory-bound"), (11, 0.1, "compute-bound"), (11, 0.51, "launch-bound"), (9, 0.5, "memory-bound")],
-)
-def test_verdicts(flops, gaps, expected):
-    limits = Limits(flops_per_s=100.0, bytes_per_s=10.0, source="made up")
-    assert limits.ridge == 10 and verdict(Work(flops, 1), limits, gaps) == expected
 
 
 def test_limits_are_the_data_sheet_or_measured():

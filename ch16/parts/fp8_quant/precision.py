@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -31,11 +32,6 @@ class Precision:
     recipe: object | None = None  # the library's own; None: BF16
 
     @property
-    def fp8(self) -> bool:
-        """Whether weights are FP8."""
-        return self.recipe is not None
-
-    @property
     def calibrated(self) -> bool:
         """Whether the recipe takes its scales from tensors seen before."""
         return self.name == "delayed"
@@ -46,11 +42,12 @@ class Precision:
 
     def weights(self) -> AbstractContextManager:
         """Layers created inside hold their weights in this precision."""
-        return self.te.quantized_model_init(enabled=True, recipe=self.recipe) if self.fp8 else contextlib.nullcontext()
+        init = self.te.quantized_model_init
+        return init(enabled=True, recipe=self.recipe) if self.recipe else contextlib.nullcontext()
 
     def compute(self) -> AbstractContextManager:
         """Forward passes inside use this precision."""
-        return self.te.autocast(enabled=True, recipe=self.recipe) if self.fp8 else contextlib.nullcontext()
+        return self.te.autocast(enabled=True, recipe=self.recipe) if self.recipe else contextlib.nullcontext()
 
 
 def transformer_engine(device: str) -> tuple[types.ModuleType | None, str]:
@@ -91,10 +88,7 @@ def fastest_attention(q: torch.Tensor) -> AbstractContextManager:
 def calibrate(model: nn.Module, precision: Precision, batches: Iterable[torch.Tensor]) -> None:
     """Show delayed scaling the values that it will have to represent; other recipes need no calibration.
 
-    Args:
-        model: with BF16 weights, on `precision.te`'s layers.
-        precision: a recipe.
-        batches: inputs of the model; at least two, because the first one still runs with scale 1.
+    The model has BF16 weights on `precision.te`'s layers. At least two batches: the first still runs with scale 1.
     """
     if not precision.calibrated:
         return

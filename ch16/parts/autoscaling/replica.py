@@ -1,13 +1,11 @@
 """Replicas as an engine runs them: so many slots of continuous batching behind a queue, first come, first served.
 
-Every running request gets a token a step. A step takes `base_s`, and `sequence_s` for each request in it, and
-`prompt_token_s` for each token of the prompts that join in it. Steps in which nobody joins or leaves are alike, so
-time jumps over them: a request costs two jumps, however many tokens it has. All steps are still counted, so the times
-are those of an engine that takes them one by one. Nothing else is modelled: no KV cache that fills before the slots
-do, no preemption.
+Steps take the times of `common.costs.Costs`. Steps in which no request joins or leaves are alike, so time jumps over
+them: a request costs two jumps, however many tokens it has. All steps are still counted, so the times are exact. Not
+modelled: a KV cache that fills before the slots do, preemption.
 
 Compiled by numba: a day is a million requests, and a search for targets is hundreds of runs. Import this after the
-engine has started: vLLM for CPUs looks through all modules then, and stumbles over one of numba's.
+engine has started: vLLM for CPUs looks through all modules then, and fails on one of numba's.
 """
 
 import numpy as np
@@ -44,7 +42,7 @@ def _take_steps(
             replica.held += requests[name].tokens_in - replica.step
             prompt_tokens += requests[name].tokens_in
         replica.waiting -= joined
-        # With prompts, a step of its own; else as many as pass before somebody leaves, or `until`.
+        # With prompts, a step of its own; else all steps until a request leaves, or `until`.
         seconds = base_s + sequence_s * replica.running + prompt_token_s * prompt_tokens
         count = 1
         if joined == 0:
@@ -81,7 +79,7 @@ def advance(
     Args:
         replicas: [R] of REPLICA; at least one is ready.
         leave: [R, slots], the step in which each running request gets its last token, falling.
-        names: [R, slots], who that is.
+        names: [R, slots], the index of that request.
         requests: [N] of REQUEST, by arrival; their times are filled in.
         sent: requests sent before.
 

@@ -1,4 +1,4 @@
-"""The search for a signal's target, the same for every signal: the fewest misses that a budget can buy."""
+"""The search for a signal's target, the same for every signal: the fewest misses within a budget."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tried:
-    """A target, and what it gave: percent of requests that missed the objective, replica-hours."""
+    """A target, the percentage of requests that missed the objective with it, and its replica-hours."""
 
     target: float
     missed_percent: float
@@ -17,7 +17,7 @@ class Tried:
 def find_target(
     run: Callable[[float], Tried], low: float, high: float, budget_h: float, count: int, refine: int = 3
 ) -> list[Tried]:
-    """Try `count` targets from `low` to `high`, evenly by ratio, then so many rounds of two around the best.
+    """Try `count` targets from `low` to `high`, evenly by ratio, then `refine` rounds of two around the best.
 
     Returns:
         All that were tried, by target.
@@ -35,28 +35,28 @@ def find_target(
 
 
 def best(tried: Sequence[Tried], budget_h: float) -> Tried:
-    """The fewest misses within the budget, of equals the cheapest; if nothing is within it, the cheapest of all."""
-    within = [one for one in tried if one.hours <= budget_h]
+    """The fewest misses within the budget (of equals the cheapest); if none is within it, the cheapest of all."""
+    within = [point for point in tried if point.hours <= budget_h]
     if within:
-        return min(within, key=lambda one: (one.missed_percent, one.hours))
-    return min(tried, key=lambda one: one.hours)
+        return min(within, key=lambda point: (point.missed_percent, point.hours))
+    return min(tried, key=lambda point: point.hours)
 
 
 def missed_at_price(tried: Sequence[Tried], hours: float) -> float:
-    """The fewest misses (percent) for so many replica-hours, if two targets may take turns: the lower convex hull.
+    """The fewest misses (percent) for `hours` replica-hours, if two targets may take turns: the lower convex hull.
 
-    Where all cost more, those of the cheapest.
+    Where all cost more, the misses of the cheapest.
     """
-    cheaper = [one for one in tried if one.hours <= hours]
+    cheaper = [point for point in tried if point.hours <= hours]
     if not cheaper:
-        return min(tried, key=lambda one: one.hours).missed_percent
+        return min(tried, key=lambda point: point.hours).missed_percent
     in_turns = [
         a.missed_percent + (b.missed_percent - a.missed_percent) * (hours - a.hours) / (b.hours - a.hours)
         for a in cheaper
         for b in tried
         if b.hours > hours
     ]
-    return min([one.missed_percent for one in cheaper] + in_turns)
+    return min([point.missed_percent for point in cheaper] + in_turns)
 
 
 def _short(target: float) -> float:

@@ -1,4 +1,4 @@
-"""What a replica says of itself, and how the manifest of an autoscaler reads it."""
+"""What a replica reports, and which metrics a manifest makes of it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ class Sample:
     """One scrape of a replica.
 
     Args:
-        waiting: vllm:num_requests_waiting, that have no slot yet.
-        running: vllm:num_requests_running, that are decoded together.
-        gpu: the share of the time since the last scrape in which some kernel ran: DCGM_FI_DEV_GPU_UTIL / 100.
-        kv: vllm:kv_cache_usage_perc, the share of the KV cache that is held.
+        waiting: vllm:num_requests_waiting, without a slot.
+        running: vllm:num_requests_running, decoded together.
+        gpu: the share of the time since the last scrape in which a kernel ran: DCGM_FI_DEV_GPU_UTIL / 100.
+        kv: vllm:kv_cache_usage_perc, the share of the KV cache in use.
     """
 
     waiting: int
@@ -30,7 +30,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Signal:
-    """A signal to scale on: its name in tables, the fields of Sample it reads, the least and the most of its targets.
+    """A signal to scale on: its name in tables, the fields of Sample it reads, its lowest and highest target.
 
     Several fields are several metrics in one manifest, all with one target: the autoscaler takes the largest answer.
     """
@@ -52,7 +52,7 @@ def signals(slots: int) -> dict[str, Signal]:
     }
 
 
-# Samples that the autoscaler sees, ready replicas that it misses, ready replicas -> metrics.
+# Samples that the autoscaler sees, number of replicas without one, ready replicas -> metrics.
 Scaler = Callable[[Sequence[Sample], int, int], list[PodsMetric | PoolMetric]]
 
 

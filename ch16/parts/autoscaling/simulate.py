@@ -1,16 +1,20 @@
 """A fleet of replicas, scraped and scaled: the autoscaler's turn every interval, the requests in between."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
-from ch16.parts.autoscaling.hpa import History, Spec, decide
+from ch16.parts.autoscaling.hpa import History, PodsMetric, PoolMetric, Spec
 from ch16.parts.autoscaling.records import DRAINING, OFF, REPLICA, SERVING
 from ch16.parts.autoscaling.signals import Sample, Scaler
 from common.costs import Costs
 
 INTERVAL_S = 15.0  # of Prometheus' scrapes and of the controller's turns
+
+# One turn of the controller: spec, history, seconds, replicas, metrics -> replicas from now on, history.
+Decide = Callable[[Spec, History, float, int, Sequence[PodsMetric | PoolMetric]], tuple[int, History]]
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Pool:
     Args:
         costs: of a step.
         slots: requests decoded together.
-        kv_tokens: that fit into the KV cache.
+        kv_tokens: capacity of the KV cache.
         cold_start_s: from asking for a replica to its first request.
     """
 
@@ -32,12 +36,12 @@ class Pool:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the requests [N], and of the fleet at each turn of the autoscaler [turns].
+    """The times of the requests [N], and the fleet at each turn of the autoscaler [turns].
 
     Args:
         requests: with their times.
         asked: replicas from each turn on.
-        samples: of each turn, one for each replica that was ready.
+        samples: of each turn, one per replica that was ready.
         replica_hours: paid for, cold starts and draining included.
     """
 
@@ -91,18 +95,8 @@ class Fleet:
         """Serve until `now`; a replica that has drained is gone, and is paid for until `now`."""
         from ch16.parts.autoscaling.replica import advance  # not before the engine has started, see there
 
-        costs = self._pool.costs
-        self._sent = advance(
-            self._replicas,
-            self._leave,
-            self._names,
-            self.requests,
-            self._sent,
-            costs.base_s,
-            costs.sequence_s,
-            costs.prompt_token_s,
-            now,
-        )
+        costs = astuple(self._pool.costs)
+        self._sent = advance(self._replicas, self._leave, self._names, self.requests, self._sent, *costs, now)
         drained = (self._replicas["state"] == DRAINING) & (self._replicas["running"] + self._replicas["waiting"] == 0)
         if drained.any():
             self._gone_s += float((now - self._replicas["started_s"][drained]).sum())
@@ -125,14 +119,14 @@ class Fleet:
 
     def replica_s(self, now: float) -> float:
         """Seconds of replicas paid for until `now`, cold starts and draining included."""
-        here = self._replicas[self._replicas["state"] != OFF]
-        return self._gone_s + float((now - here["started_s"]).sum())
+        paid = self._replicas[self._replicas["state"] != OFF]
+        return self._gone_s + float((now - paid["started_s"]).sum())
 
 
-def simulate(requests: np.ndarray, pool: Pool, spec: Spec, scaler: Scaler) -> Outcome:
-    """Serve `requests` [N] (of REQUEST, by arrival), scaled by `spec` on what `scaler` makes of the scrapes.
+def simulate_fleet(requests: np.ndarray, pool: Pool, spec: Spec, scaler: Scaler, decide: Decide) -> Outcome:
+    """Serve `requests` [N] (of REQUEST, by arrival), scaled by `decide` on the metrics that `scaler` makes of scrapes.
 
-    A turn sees the scrape before the last one: values are `INTERVAL_S` old. Replicas without one are missing to it.
+    A turn sees the scrape before the last one: values are `INTERVAL_S` old. Replicas without one count as missing.
     The fleet begins with the fewest replicas, all ready.
     """
     fleet, history, current = Fleet(requests, pool), History(), spec.min_replicas
@@ -157,3 +151,14 @@ def simulate(requests: np.ndarray, pool: Pool, spec: Spec, scaler: Scaler) -> Ou
     hours = fleet.replica_s(now) / 3600
     fleet.advance(math.inf)
     return Outcome(fleet.requests, asked, samples, hours)
+
+
+def simulate_fixed(requests: np.ndarray, pool: Pool, replicas: int) -> Outcome:
+    """Serve `requests` by a fleet that is never scaled."""
+    return simulate_fleet(
+        requests,
+        pool,
+        Spec(replicas, replicas),
+        scaler=lambda samples, missing, ready: [],
+        decide=lambda spec, history, now_s, current, metrics: (current, history),
+    )

@@ -11,16 +11,16 @@ from ch16.parts.autoscaling.records import REQUEST, as_requests
 from common.cli import CannotRun
 from common.traces import Arrival, at_rate, read_trace, shrink
 
-Load = Callable[[np.ndarray], np.ndarray]  # seconds -> load then, in replicas that it keeps busy
+LoadCurve = Callable[[np.ndarray], np.ndarray]  # seconds -> load then, in replicas that it keeps busy
 
 CALM, PEAK = 0.5, (4.0, 7.0)  # load between bursts; at the height of one, at least and at most
 RISE_S, HOLD_S, PAUSE_S = 480.0, (300.0, 900.0), (300.0, 2700.0)  # of a burst, and between two
 DAY_MEAN, DAY_SWING = 2.75, 0.8  # mean load of a day, and the part of it by which it goes up and down
-SHORTEST_S = 3600.0  # a recorded trace that is shorter is begun anew
+SHORTEST_S = 3600.0  # a shorter recorded trace is repeated
 
 
-def bursty(seconds: float, rng: np.random.Generator, rise_s: float = RISE_S) -> Load:
-    """Calm, then bursts that rise, last and fall within minutes, at times and of heights that are random."""
+def bursty(seconds: float, rng: np.random.Generator, rise_s: float = RISE_S) -> LoadCurve:
+    """Calm, then bursts that rise, last and fall within minutes, at random times and of random heights."""
     corners, now = [(0.0, CALM)], 0.0
     while now < seconds:
         begin = now + rng.uniform(*PAUSE_S)
@@ -31,15 +31,15 @@ def bursty(seconds: float, rng: np.random.Generator, rise_s: float = RISE_S) -> 
     return lambda at: np.interp(at, times, loads)
 
 
-def diurnal(seconds: float) -> Load:
-    """A day from midnight to midnight, pressed into `seconds`."""
+def diurnal(seconds: float) -> LoadCurve:
+    """A day from midnight to midnight, compressed into `seconds`."""
     return lambda at: DAY_MEAN * (1 - DAY_SWING * np.cos(2 * np.pi * at / seconds))
 
 
 def poisson(
-    load: Load, seconds: float, request_s: float, lengths: Sequence[Arrival], rng: np.random.Generator
+    load: LoadCurve, seconds: float, request_s: float, lengths: Sequence[Arrival], rng: np.random.Generator
 ) -> np.ndarray:
-    """Requests [N] of REQUEST, that come by chance at the rate of a load; lengths drawn from those of a trace.
+    """Requests [N] of REQUEST: Poisson arrivals at the rate of a load, lengths drawn from a trace.
 
     Args:
         request_s: seconds that a request takes from a busy replica.
@@ -56,13 +56,13 @@ def poisson(
 
 
 def read_recorded(path: str | Path, max_gap_s: float) -> list[Arrival]:
-    """A recorded trace that can be replayed; begun anew until it lasts an hour.
+    """A recorded trace that can be replayed; repeated until it lasts an hour.
 
     Args:
         max_gap_s: without requests, beyond which the recording counts as broken.
 
     Raises:
-        CannotRun: as `read_trace`; times that go back, a gap, or no time between first and last.
+        CannotRun: as `read_trace`; times that go back, a gap, or all requests at one time.
     """
     trace = read_trace(path, in_order=True)
     if not trace[-1].at_s:
@@ -78,10 +78,10 @@ def read_recorded(path: str | Path, max_gap_s: float) -> list[Arrival]:
 
 
 def fitted(trace: Sequence[Arrival], busy_s: Callable[[int, int], float], longest: int) -> np.ndarray:
-    """A trace at its own times: requests [N] of REQUEST, lengths scaled to the mean load of our day.
+    """A trace at its own times: requests [N] of REQUEST, lengths scaled to the mean load of `diurnal`.
 
     Args:
-        busy_s: seconds that a request of so many tokens in and out takes from a busy replica.
+        busy_s: seconds that a request takes from a busy replica, by tokens in and out.
         longest: tokens of a request, at most.
     """
     factor = DAY_MEAN * trace[-1].at_s / sum(busy_s(arrival.tokens_in, arrival.tokens_out) for arrival in trace)

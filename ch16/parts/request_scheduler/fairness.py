@@ -2,19 +2,19 @@
 
 import heapq
 
-SLACK = 64  # entries that are not current, or tenants that went away, kept beside as many as wait
+SLACK = 64  # outdated entries, or tenants that left, kept at most beside as many as wait
 
 
 class TokenCounters:
-    """How many tokens each tenant has been served, and who of those that wait has least.
+    """How many tokens each tenant has been served, and which waiting tenant was served least.
 
-    A tenant that comes back from idleness is lifted to the least of those that wait; if nobody waits, to the last that
-    did: nobody saves up. Of equals the one that has waited longer goes first.
+    A tenant that returns from idleness is lifted to the least of the waiting tenants; if none waits, to the last that
+    did. So idle time earns no credit. Of equal tenants the one that has waited longer goes first.
     """
 
     def __init__(self) -> None:
         self._served: dict[str, float] = {}
-        self._since: dict[str, int] = {}  # of the tenants that wait: a number that grows with each that begins to
+        self._since: dict[str, int] = {}  # waiting tenants, numbered as they began to wait
         self._heap: list[tuple[float, int, str]] = []  # entries that are not current are skipped
         self._last: str | None = None  # that stopped waiting
         self._joined, self._prune_at = 0, SLACK
@@ -27,7 +27,7 @@ class TokenCounters:
         self._set(tenant, max(self._served.get(tenant, 0.0), level))
 
     def leave(self, tenant: str) -> None:
-        """A tenant has nothing more that waits.
+        """A tenant has no more waiting requests.
 
         Raises:
             KeyError: it did not wait.
@@ -35,7 +35,7 @@ class TokenCounters:
         del self._since[tenant]
         self._last = tenant
         if len(self._served) > self._prune_at + 2 * len(self._since):
-            # Who would be lifted anyway need not be remembered.
+            # A tenant that would be lifted anyway need not be remembered.
             level = self._level()
             keep = {name for name, served in self._served.items() if served > level} | {*self._since, tenant}
             self._served = {name: self._served[name] for name in keep}
@@ -47,10 +47,10 @@ class TokenCounters:
         self._set(tenant, (self._level() if known is None else known) + tokens)
 
     def least(self) -> str:
-        """Of the tenants that wait, the one that was served least.
+        """The waiting tenant that was served least.
 
         Raises:
-            IndexError: nobody waits.
+            IndexError: none waits.
         """
         while not self._current(self._heap[0]):
             heapq.heappop(self._heap)

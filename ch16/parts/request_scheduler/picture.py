@@ -1,36 +1,48 @@
-"""The picture of the lab: every live request, and the simulated waits by class."""
+"""The picture: every live request with and without priorities, and the simulated waits by class."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from ch16.parts.request_scheduler.mix import CLASSES
-from common.plots import draw, save_plot
+from ch16.parts.request_scheduler.mix import CLASSES, Answer
+from ch16.parts.request_scheduler.tables import FCFS, PRIORITY
+from common.gpu import Machine
+from common.plots import COLOURS, draw, legend_below, save_plot
 
 
-def plot(path: str, points: Sequence[dict], simulated: Sequence[dict]) -> None:
-    """Time to first token of each live request over its arrival, one plot a policy; then P99 of the simulation.
+def plot(
+    path: str,
+    runs: Mapping[str, Sequence[Answer]],
+    simulated: Sequence[dict],
+    message: str,
+    model: str,
+    machine: Machine,
+) -> None:
+    """Left: time to first token of each live request over its arrival. Right: simulated P99 by policy and class.
 
     Args:
-        path: of the PNG.
-        points: `policy`, `kind`, `arrival_s` and `ttft_s` of each.
+        runs: answers of the real engine by policy, those of FCFS and PRIORITY.
         simulated: rows of WAIT_COLUMNS; a policy may have none for a class without requests.
     """
-    names = list(dict.fromkeys(point["policy"] for point in points))
-    figure, axes = draw(len(names) + 1)
-    top = max(point["ttft_s"] for point in points)
-    for axis, name in zip(axes, names, strict=False):
+    figure, (live, waits) = draw(2)
+    for policy in (FCFS, PRIORITY):
         for kind in CLASSES:
-            shown = [point for point in points if point["policy"] == name and point["kind"] == kind]
-            axis.plot([p["arrival_s"] for p in shown], [p["ttft_s"] for p in shown], "o", markersize=3, label=kind)
-        axis.set(title=name, xlabel="arrival, s", ylabel="time to first token, s", ylim=(0, 1.05 * top))
-        axis.legend(title="priority")
+            shown = [answer for answer in runs[policy] if answer.job.kind == kind]
+            arrivals, ttfts = [answer.job.arrival_s for answer in shown], [answer.ttft_s for answer in shown]
+            colour = COLOURS["quiet"] if policy == FCFS else COLOURS[kind]
+            live.plot(arrivals, ttfts, "o", markersize=6, color=colour)
+    for kind in CLASSES:
+        live.plot([], [], "o", color=COLOURS[kind], label=f"{kind} priority")
+    live.plot([], [], "o", color=COLOURS["quiet"], label="all, without priorities")
+    live.set(title="vLLM, measured", xlabel="arrival, s", ylabel="time to first token, s", ylim=(0, None))
+    legend_below(live)
     policies = list(dict.fromkeys(row["policy"] for row in simulated))
     for i, kind in enumerate(CLASSES):
         shown = [row for row in simulated if row["group"].endswith(kind)]
         places = [policies.index(row["policy"]) + (i - 1) / 5 for row in shown]
-        axes[-1].plot([row["p99_s"] for row in shown], places, "o", label=kind)
-    axes[-1].set(title="simulated", xlabel="time to first token, P99, s", xscale="log")
-    axes[-1].set_yticks(range(len(policies)), policies)
-    axes[-1].invert_yaxis()
-    axes[-1].grid(axis="x", alpha=0.3)
-    axes[-1].legend(title="priority", loc="lower left")
-    save_plot(figure, path)
+        p99 = [row["p99_s"] for row in shown]
+        waits.plot(p99, places, "o", markersize=10, color=COLOURS[kind], label=f"{kind} priority")
+    waits.set(title="simulated engine, bursts of minutes", xlabel="time to first token, P99, s", xscale="log")
+    waits.set_yticks(range(len(policies)), [policy.replace(" ", "\n", 1) for policy in policies])
+    waits.invert_yaxis()
+    waits.grid(axis="x", alpha=0.3)
+    legend_below(waits, 3)
+    save_plot(figure, path, message=message, model=model, machine=machine, simulated=True)

@@ -1,9 +1,4 @@
-"""A simulated engine: continuous batching with the step times of a real one.
-
-Every running request gets a token a step. A step takes `base_s`, and `sequence_s` for each request, and
-`prompt_token_s` for each token of the prompts that join in it. Nothing else is modelled: no KV cache that fills, no
-preemption.
-"""
+"""A simulated engine: continuous batching with the step times of a real one, see `Costs`. There is no preemption."""
 
 import heapq
 from collections.abc import Iterable
@@ -14,7 +9,7 @@ from common.costs import Costs
 
 
 class Queue(Protocol):
-    """What decides who goes next: see InferenceScheduler."""
+    """What decides which request goes next: see InferenceScheduler."""
 
     def __len__(self) -> int: ...
     def add_request(self, request: object, priority: int = 0, *, tokens: int = 1, tenant: str = "") -> object: ...  # noqa: D102
@@ -33,13 +28,13 @@ class Clock:
         return self.now
 
 
-def simulate(jobs: Iterable[Job], queue: Queue, clock: Clock, costs: Costs, slots: int) -> list[Answer]:
+def serve_simulated(jobs: Iterable[Job], queue: Queue, clock: Clock, costs: Costs, slots: int) -> list[Answer]:
     """Serve `jobs` (by arrival) on one engine of `slots` requests at once, in the order that `queue` gives.
 
-    Steps in which nobody comes, joins or leaves are alike, so time jumps from one such moment to the next.
+    Steps in which no request comes, joins or leaves are alike, so time jumps from one such moment to the next.
 
     Args:
-        clock: that of the queue; it is moved.
+        clock: the queue's; it is moved.
         costs: of a step, in seconds.
 
     Returns:
@@ -67,7 +62,7 @@ def simulate(jobs: Iterable[Job], queue: Queue, clock: Clock, costs: Costs, slot
         number += len(joined)
         if not running:
             continue
-        # With prompts, a step of its own; else as many as pass before somebody leaves or comes.
+        # With prompts, a step of its own; else all steps until a request leaves or comes.
         count = 1
         step_s = costs.step_s(len(running), sum(job.tokens_in for job in joined))
         if not joined:

@@ -1,4 +1,4 @@
-"""The simulated engine against one that takes every step, costs against those that made the steps, and the mix."""
+"""The simulated engine against one that takes every step."""
 
 import math
 
@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ch16.parts.request_scheduler.mix import HEAVY, Job, bursty_mix, wait_rows
-from ch16.parts.request_scheduler.simulate import Clock, simulate
+from ch16.parts.request_scheduler.mix import Job, bursty_mix
+from ch16.parts.request_scheduler.simulate import Clock, serve_simulated
 from ch16.request_scheduler import InferenceScheduler
 from common.costs import Costs
 
@@ -58,7 +58,7 @@ def mixes(draw):
 @given(mixes(), st.integers(1, 5), st.sampled_from([0.0, 0.01, math.inf]), st.booleans())
 def test_jumps_give_the_times_of_single_steps(jobs, slots, ageing_s, fair):
     clock = Clock()
-    answers = simulate(jobs, InferenceScheduler(ageing_s, fair, clock=clock), clock, COSTS, slots)
+    answers = serve_simulated(jobs, InferenceScheduler(ageing_s, fair, clock=clock), clock, COSTS, slots)
     found = {id(answer.job): (answer.first_s, answer.last_s) for answer in answers}
     assert len(found) == len(jobs)
     for job, times in zip(jobs, step_by_step(jobs, {"ageing_s": ageing_s, "fair": fair}, COSTS, slots), strict=True):
@@ -70,31 +70,5 @@ def test_the_rate_of_a_full_engine():
     assert 1 / COSTS.slot_s(8, 5, 10) == pytest.approx(8 / (0.26 + 0.04))
     jobs = bursty_mix(4000, 1e6, math.inf, 5, 10, seed=0)
     clock = Clock()
-    answers = simulate(jobs, InferenceScheduler(clock=clock), clock, COSTS, 8)
+    answers = serve_simulated(jobs, InferenceScheduler(clock=clock), clock, COSTS, 8)
     assert len(answers) / max(a.last_s for a in answers) == pytest.approx(1 / COSTS.slot_s(8, 5, 10), rel=0.03)
-
-
-def test_bursts():
-    jobs = bursty_mix(20_000, 10.0, 60.0, 8, 20, seed=1)
-    busy = sum(math.fmod(job.arrival_s, 60) < 30 for job in jobs)
-    assert busy / len(jobs) == pytest.approx(0.75, abs=0.02)
-    assert len(jobs) / jobs[-1].arrival_s == pytest.approx(10, rel=0.05)
-    assert sum(job.tenant == HEAVY for job in jobs) / len(jobs) == pytest.approx(0.7, abs=0.02)
-    assert sum(job.kind == "low" for job in jobs) / len(jobs) == pytest.approx(0.3, abs=0.02)
-    lengths = [job.tokens_out for job in jobs]
-    assert (min(lengths), max(lengths)) == (10, 30) and sum(lengths) / len(lengths) == pytest.approx(20, rel=0.02)
-    assert bursty_mix(50, 10.0, 60.0, 8, 20, seed=1) == jobs[:50]
-
-
-def test_a_steady_load_has_no_bursts():
-    jobs = bursty_mix(20_000, 10.0, math.inf, 8, 20, seed=1)
-    assert len(jobs) / jobs[-1].arrival_s == pytest.approx(10, rel=0.05)
-
-
-def test_rows_of_waits():
-    clock = Clock()
-    jobs = [Job(0.0, "high", "a", 1, 2), Job(0.0, "low", "a", 1, 2)]
-    answers = simulate(jobs, InferenceScheduler(clock=clock), clock, Costs(1.0, 0.0, 0.0), 1)
-    high, low = wait_rows("p", answers, lambda job: job.kind, lambda job: 2.0)
-    assert (high["max_s"], low["max_s"], high["over_bound"], low["over_bound"]) == (1.0, 3.0, 0, 1)
-    assert high["tokens_per_s"] == 4 / 4

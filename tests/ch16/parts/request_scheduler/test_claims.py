@@ -1,0 +1,26 @@
+import pytest
+
+from ch16.parts.request_scheduler.claims import claim, message
+from ch16.parts.request_scheduler.tables import LIVE
+
+
+def rows_of(ratio, throughput):
+    rows = []
+    for policy in LIVE:
+        for group in ("1 high", "2 normal", "3 low"):
+            rows.append({"policy": policy, "group": group, "p99_s": 4.0, "max_s": 5.0, "tokens_per_s": 100.0})
+    rows[3] |= {"p99_s": 4.0 * ratio, "tokens_per_s": 100 * throughput}
+    rows[6] |= {"p99_s": 1.2}
+    return rows[::-1]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "throughput", "verdict"), [(0.2, 0.98, "holds"), (0.3, 1.0, "fails"), (0.1, 0.9, "fails")]
+)
+def test_the_claim(ratio, throughput, verdict):
+    found = claim(rows_of(ratio, throughput))
+    assert found.verdict == verdict and "With ageing: 0.30" in found.measured
+
+
+def test_the_pictures_message_is_computed():
+    assert "0.2x of FCFS for high priority and 1x for low" in message(rows_of(0.2, 1.0))

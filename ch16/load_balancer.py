@@ -31,7 +31,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from tqdm import tqdm
 
 from ch16.parts.load_balancer.breaker import CircuitBreaker, Lease, NoServer, ServerState
-from ch16.parts.load_balancer.client import Answer
+from ch16.parts.load_balancer.client import StreamedAnswer
 from ch16.parts.load_balancer.flags import gateway_flags, serve
 from ch16.parts.load_balancer.lab import REPLICAS, Fault, Plan, plan_for, replica_commands, run_lab, running
 from ch16.parts.load_balancer.picture import plot
@@ -180,7 +180,7 @@ class LoadBalancer:
 
 def measure(
     args: argparse.Namespace, machine: Machine, model: Model | None, plan: Plan, results: Report
-) -> tuple[dict[str, list[Answer]], list[Fault]]:
+) -> tuple[dict[str, list[StreamedAnswer]], list[Fault]]:
     """Break each replica in turn while clients ask one server, round robin and the gateway; count what they saw.
 
     Args:
@@ -224,7 +224,7 @@ def measure(
 
 
 def report(
-    args: argparse.Namespace, results: Report, answers: Mapping[str, Sequence[Answer]], faults: Sequence[Fault]
+    args: argparse.Namespace, results: Report, answers: Mapping[str, Sequence[StreamedAnswer]], faults: Sequence[Fault]
 ) -> None:
     """Judge the claim, write JSON and picture."""
     results.claims([claim(*(results.tables[name]["rows"] for name in ("outcomes", "faults")))])

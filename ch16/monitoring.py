@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, generate_latest
 
 from ch16.parts.monitoring import tables
-from ch16.parts.monitoring.client import Answer, Scrape, Scraper, send
+from ch16.parts.monitoring.client import Reply, Scrape, Scraper, send
 from ch16.parts.monitoring.engine import SharedEngine
 from ch16.parts.monitoring.picture import plot
 from ch16.parts.monitoring.server import Handler, serving
@@ -89,7 +89,7 @@ class InferenceHandler(Handler):
 
 def measure(
     engine: SharedEngine, sizes: MonitoringSizes, seed: int, results: Report
-) -> tuple[list[Answer], list[Scrape]]:
+) -> tuple[list[Reply], list[Scrape]]:
     """Send the requests while /metrics is scraped; compare what the server and the clients counted."""
     rng, answers = random.Random(seed), []
     with serving(InferenceHandler, engine, WINDOW_S) as url, Scraper(f"{url}/metrics", SCRAPE_S) as scraper:
@@ -111,7 +111,7 @@ def measure(
     return answers, scraper.scrapes
 
 
-def report(args: argparse.Namespace, results: Report, answers: Sequence[Answer], scrapes: Sequence[Scrape]) -> None:
+def report(args: argparse.Namespace, results: Report, answers: Sequence[Reply], scrapes: Sequence[Scrape]) -> None:
     """Write JSON and picture. The chapter claims nothing about metrics, but wrong ones are a failure."""
     results.save(args.json)
     if args.plot:

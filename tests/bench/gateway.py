@@ -25,7 +25,7 @@ import time
 
 import psutil
 
-from ch16.parts.load_balancer.client import Answer, closed_loop
+from ch16.parts.load_balancer.client import StreamedAnswer, closed_loop
 from common import cli
 from common.gpu import detect
 from common.results import Column, Report
@@ -48,7 +48,7 @@ COLUMNS = (
 TOKENS = 50
 
 
-def figures(runs: list[list[Answer]]) -> dict[str, float]:
+def figures(runs: list[list[StreamedAnswer]]) -> dict[str, float]:
     """Serving figures of the rounds of one path: the median of their throughputs, percentiles of all their requests."""
     answers = list(itertools.chain.from_iterable(runs))
     if bad := [answer for answer in answers if answer.outcome != "answered"]:
@@ -63,14 +63,14 @@ def figures(runs: list[list[Answer]]) -> dict[str, float]:
     }
 
 
-def throughput(answers: list[Answer]) -> float:
+def throughput(answers: list[StreamedAnswer]) -> float:
     """Tokens/s of the middle half of the tokens: all users are there, and none has left."""
     times = sorted(time for answer in answers for time in answer.times)
     start, end = times[len(times) // 4], times[3 * len(times) // 4]
     return sum(start <= time < end for time in times) / (end - start)
 
 
-async def run(urls: list[str], streams: int, requests: int) -> list[Answer]:
+async def run(urls: list[str], streams: int, requests: int) -> list[StreamedAnswer]:
     """A closed loop of `streams` users spread over the URLs."""
 
     def body(number: int) -> dict[str, object]:  # of 30 to 70 tokens, so that streams do not end together
@@ -81,7 +81,9 @@ async def run(urls: list[str], streams: int, requests: int) -> list[Answer]:
     return list(itertools.chain.from_iterable(await asyncio.gather(*loops)))
 
 
-def turn(urls: list[str], process: psutil.Process | None, streams: int, requests: int) -> tuple[list[Answer], float]:
+def turn(
+    urls: list[str], process: psutil.Process | None, streams: int, requests: int
+) -> tuple[list[StreamedAnswer], float]:
     """One turn of one path: its answers, and how busy what stands in between was, in percent of a core."""
     import uvloop
 

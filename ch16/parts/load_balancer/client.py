@@ -16,7 +16,7 @@ COUNT = re.compile(rb'"completion_tokens": ?(\d+)')
 
 
 @dataclass
-class Answer:
+class StreamedAnswer:
     """What a client received for one request; times in seconds of `time.perf_counter`."""
 
     name: str  # x-request-id
@@ -56,7 +56,7 @@ class Answer:
 
 async def ask(
     session: aiohttp.ClientSession, url: str, name: str, body: Mapping[str, object], patience_s: float
-) -> Answer:
+) -> StreamedAnswer:
     """Send one completion request and read its stream to the end, whatever that is. Servers cause no exception.
 
     Args:
@@ -64,7 +64,7 @@ async def ask(
         patience_s: for the next part of the answer.
     """
     body = {**body, "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-    answer = Answer(name, time.perf_counter(), wanted=body["max_tokens"])
+    answer = StreamedAnswer(name, time.perf_counter(), wanted=body["max_tokens"])
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=patience_s, sock_read=patience_s)
     events = WholeEvents()
     try:
@@ -94,7 +94,7 @@ async def closed_loop(
     at_once: int,
     ramp_s: float,
     patience_s: float = 60.0,
-) -> list[Answer]:
+) -> list[StreamedAnswer]:
     """A closed loop: `at_once` users, each sends a request when the last one is answered, until `requests` were sent.
 
     Args:
@@ -104,7 +104,7 @@ async def closed_loop(
     numbers = iter(range(requests))
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
-        async def user(place: int) -> list[Answer]:
+        async def user(place: int) -> list[StreamedAnswer]:
             await asyncio.sleep(ramp_s * place / at_once)
             return [await ask(session, url, f"closed-{i}", body(i), patience_s) for i in numbers]
 
@@ -119,7 +119,7 @@ async def steady(
     rate: float,
     stop: asyncio.Event,
     patience_s: float,
-) -> Sequence[Answer]:
+) -> Sequence[StreamedAnswer]:
     """An open loop: `rate` requests/s until `stop`, whatever becomes of earlier ones.
 
     Args:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 
 from ch16.parts.load_balancer.discovery import addresses
-from ch16.parts.load_balancer.gateway import Balancer, Gateway, Limits
+from ch16.parts.load_balancer.gateway import Balancer, Gateway, GatewayLimits
 from common import cli
 from common.server import listen
 
@@ -28,7 +28,9 @@ def gateway_flags(parser: argparse.ArgumentParser, policies: Sequence[str]) -> N
     gateway.add_argument("--api-key", default="", help="clients must send it; or GATEWAY_API_KEY")
     gateway.add_argument("--server-key", default="", help="sent to the servers; or VLLM_API_KEY")
     gateway.add_argument("--ready-path", default="/ready", help="200 there: takes requests; /health for a plain vLLM")
-    gateway.add_argument("--retries", type=cli.non_negative_int, default=Limits.retries, help="more servers to try")
+    gateway.add_argument(
+        "--retries", type=cli.non_negative_int, default=GatewayLimits.retries, help="more servers to try"
+    )
     for flag, limit, what in (
         ("--first-byte-timeout", "first_byte_s", "for the first byte of an answer"),
         ("--idle-timeout", "idle_s", "between two parts of an answer"),
@@ -36,15 +38,19 @@ def gateway_flags(parser: argparse.ArgumentParser, policies: Sequence[str]) -> N
         ("--check-interval", "check_s", "between two checks of a server"),
         ("--drain-timeout", "drain_s", "after SIGTERM, for requests in flight"),
     ):
-        gateway.add_argument(flag, type=cli.positive_float, default=getattr(Limits, limit), metavar="S", help=what)
-    gateway.add_argument("--max-body-bytes", type=cli.positive_int, default=Limits.max_body_bytes, help="then 413")
+        gateway.add_argument(
+            flag, type=cli.positive_float, default=getattr(GatewayLimits, limit), metavar="S", help=what
+        )
+    gateway.add_argument(
+        "--max-body-bytes", type=cli.positive_int, default=GatewayLimits.max_body_bytes, help="then 413"
+    )
 
 
 def serve(args: argparse.Namespace, balancer: Balancer) -> int:
     """Run the gateway until a signal."""
     import uvloop
 
-    limits = Limits(
+    limits = GatewayLimits(
         first_byte_s=args.first_byte_timeout,
         idle_s=args.idle_timeout,
         request_s=args.request_timeout,

@@ -51,7 +51,7 @@ OWN_HEADERS = ("host", "content-length", "expect", "x-request-id", "x-forwarded-
 
 
 @dataclass(frozen=True)
-class Limits:
+class GatewayLimits:
     """The gateway's timeouts in seconds, and its bounds."""
 
     connect_s: float = 1.0
@@ -81,7 +81,7 @@ class Balancer(Protocol):
     def states(self) -> Mapping[str, Mapping[str, float]]: ...  # noqa: D102
 
 
-class Refused(Exception):
+class Rejected(Exception):
     """The gateway itself answers, with this status."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -136,7 +136,7 @@ class Gateway:
     def __init__(
         self,
         balancer: Balancer,
-        limits: Limits = Limits(),
+        limits: GatewayLimits = GatewayLimits(),
         key: str = "",
         server_key: str = "",
         ready_path: str = "/ready",
@@ -296,9 +296,9 @@ class Gateway:
         try:
             await self._accept(request, call)
             return await self._answer(request, call)
-        except Refused as refusal:
+        except Rejected as rejection:
             call.outcome = "rejected"
-            return error_answer(refusal.status, str(refusal), call)
+            return error_answer(rejection.status, str(rejection), call)
         except Exception:  # a bug of the gateway
             call.outcome = "error"
             logger.exception("%s: internal error", call.name)
@@ -310,15 +310,15 @@ class Gateway:
             self._metrics.requests.labels(call.outcome).inc()
 
     async def _accept(self, request: web.BaseRequest, call: Call) -> None:
-        """All checks before a request reaches a server. Raises Refused."""
+        """All checks before a request reaches a server. Raises Rejected."""
         if self._draining:
-            raise Refused(503, "the gateway is draining")
+            raise Rejected(503, "the gateway is draining")
         if not self._has_key(request):
-            raise Refused(401, "a valid API key is needed")
+            raise Rejected(401, "a valid API key is needed")
         if not (request.path == "/generate" or request.path.startswith("/v1/")) or ".." in request.path.split("/"):
-            raise Refused(404, "only /generate and /v1/ are passed on")
+            raise Rejected(404, "only /generate and /v1/ are passed on")
         limit, parts, size = self._limits.max_body_bytes, [], 0
-        too_large = Refused(413, f"the body has more than {limit} bytes")
+        too_large = Rejected(413, f"the body has more than {limit} bytes")
         if (request.content_length or 0) > limit:
             raise too_large
         try:
@@ -329,9 +329,9 @@ class Gateway:
                     if size > limit:
                         raise too_large
         except TimeoutError:
-            raise Refused(408, f"no complete body within {self._limits.request_s:g} s") from None
+            raise Rejected(408, f"no complete body within {self._limits.request_s:g} s") from None
         except aiohttp.ClientPayloadError as error:
-            raise Refused(400, f"the body cannot be read: {error}") from None
+            raise Rejected(400, f"the body cannot be read: {error}") from None
         call.body = b"".join(parts)
         if self._balancer.policy == "prefix":
             call.prefix = prefix_of(call.body)

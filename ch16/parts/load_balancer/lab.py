@@ -13,7 +13,7 @@ from pathlib import Path
 import aiohttp
 from tqdm import tqdm
 
-from ch16.parts.load_balancer.client import Answer, steady
+from ch16.parts.load_balancer.client import StreamedAnswer, steady
 from common.gpu import Machine, device_names
 from common.models import ROOT, Model
 from common.server import ServerProcess
@@ -95,7 +95,7 @@ async def run_lab(
     body: Callable[[int], Mapping[str, object]],
     plan: Plan,
     progress: tqdm,
-) -> tuple[dict[str, list[Answer]], list[Fault]]:
+) -> tuple[dict[str, list[StreamedAnswer]], list[Fault]]:
     """Load in each configuration while the faults happen one after another.
 
     Args:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from ch16.parts.load_balancer.client import Answer
+from ch16.parts.load_balancer.client import StreamedAnswer
 from ch16.parts.load_balancer.lab import Fault
 from common.plots import COLOURS, draw, legend_below, save_plot
 from common.results import Report
@@ -11,7 +11,7 @@ LINES = {"one server": "baseline", "plain round robin": "second", "gateway": "va
 OUTCOMES = {"lost": "bad", "cut off, not told": "fourth", "cut off, told": "fifth", "duplicated": "third"}
 
 
-def plot(path: str, answers: Mapping[str, Sequence[Answer]], faults: Sequence[Fault], results: Report) -> None:
+def plot(path: str, answers: Mapping[str, Sequence[StreamedAnswer]], faults: Sequence[Fault], results: Report) -> None:
     """Left: requests without a whole answer so far, with the faults shaded. Right: by outcome."""
     figure, (left, right) = draw(2)
     start = min(answer.sent for seen in answers.values() for answer in seen)

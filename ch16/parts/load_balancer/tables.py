@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 
-from ch16.parts.load_balancer.client import Answer
+from ch16.parts.load_balancer.client import StreamedAnswer
 from ch16.parts.load_balancer.lab import Fault
 from common.results import Column, Verdict, judge
 from common.timing import percentile
@@ -31,7 +31,7 @@ FAULT_COLUMNS = (
 )
 
 
-def outcome_rows(answers: Mapping[str, Sequence[Answer]]) -> list[dict]:
+def outcome_rows(answers: Mapping[str, Sequence[StreamedAnswer]]) -> list[dict]:
     """Rows of OUTCOME_COLUMNS."""
     rows = []
     for path, seen in answers.items():
@@ -45,7 +45,7 @@ def outcome_rows(answers: Mapping[str, Sequence[Answer]]) -> list[dict]:
     return rows
 
 
-def fault_rows(answers: Sequence[Answer], faults: Sequence[Fault]) -> list[dict]:
+def fault_rows(answers: Sequence[StreamedAnswer], faults: Sequence[Fault]) -> list[dict]:
     """Rows of FAULT_COLUMNS: what each fault did to the gateway's requests.
 
     `back_s`: from the replica's return to the sending of the first request that it answered.

@@ -16,7 +16,7 @@ PATIENCE_S = 300
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """What a client got for one request; times in seconds of `time.perf_counter`."""
 
     sent: float
@@ -30,24 +30,24 @@ class Answer:
         return self.arrived - self.sent
 
 
-def ask(url: str, body: Mapping[str, object]) -> Answer:
+def ask(url: str, body: Mapping[str, object]) -> Reply:
     """Send one request."""
     sent = time.perf_counter()
     response = requests.post(url, json=body, timeout=PATIENCE_S)
     arrived = time.perf_counter()
     if response.ok:
-        return Answer(sent, arrived, tokens=response.json()["tokens"])
-    return Answer(sent, arrived, error=f"{response.status_code} {response.text}")
+        return Reply(sent, arrived, tokens=response.json()["tokens"])
+    return Reply(sent, arrived, error=f"{response.status_code} {response.text}")
 
 
-def send(url: str, bodies: Sequence[Mapping[str, object]], clients: int) -> list[Answer]:
+def send(url: str, bodies: Sequence[Mapping[str, object]], clients: int) -> list[Reply]:
     """Requests from so many threads, each of which sends the next one when it has its answer."""
     with ThreadPoolExecutor(clients) as pool:
         answers = pool.map(functools.partial(ask, url), bodies)
         return list(tqdm(answers, f"{clients} clients", len(bodies), leave=False, disable=None))
 
 
-def most_at_once(answers: Sequence[Answer]) -> int:
+def most_at_once(answers: Sequence[Reply]) -> int:
     """The most requests that were in flight at the same time."""
     return max(sum(other.sent <= answer.sent < other.arrived for other in answers) for answer in answers)
 

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ch16.parts.monitoring.client import Answer, Scrape, most_at_once
+from ch16.parts.monitoring.client import Reply, Scrape, most_at_once
 from ch16.parts.monitoring.tables import filled_buckets, gained_buckets, quantile_rows
 from common.plots import COLOURS, draw, legend_below, save_plot
 from common.results import Report
 
 
-def plot(path: str, answers: Sequence[Answer], scrapes: Sequence[Scrape], results: Report) -> None:
+def plot(path: str, answers: Sequence[Reply], scrapes: Sequence[Scrape], results: Report) -> None:
     """Left: the histogram, with quantiles from it and from the clients. Right: the gauge and the clients' count."""
     figure, (left, right) = draw(2)
     buckets = gained_buckets(scrapes[0], scrapes[-1])

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client.metrics import MetricWrapperBase
 
-from ch16.parts.monitoring.client import Answer, Scrape, most_at_once
+from ch16.parts.monitoring.client import Reply, Scrape, most_at_once
 from common.metrics import histogram_quantile
 from common.results import Column
 from common.timing import percentile
@@ -93,7 +93,7 @@ def bucket_rows(buckets: Sequence[tuple[float, float]]) -> list[dict]:
     ]
 
 
-def quantile_rows(buckets: Sequence[tuple[float, float]], answers: Sequence[Answer]) -> list[dict]:
+def quantile_rows(buckets: Sequence[tuple[float, float]], answers: Sequence[Reply]) -> list[dict]:
     """Rows of QUANTILE_COLUMNS."""
     rows = []
     for q in QUANTILES:
@@ -106,7 +106,7 @@ def quantile_rows(buckets: Sequence[tuple[float, float]], answers: Sequence[Answ
     return rows
 
 
-def agreement_rows(scrapes: Sequence[Scrape], answers: Sequence[Answer]) -> list[dict]:
+def agreement_rows(scrapes: Sequence[Scrape], answers: Sequence[Reply]) -> list[dict]:
     """Rows of AGREEMENT_COLUMNS: what the metrics gained from the first to the last scrape, and the clients' counts.
 
     The throughput has bounds by the clients' clock: a scrape was answered between its `sent` and `received`.

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ch16.load_balancer import POLICIES, LoadBalancer
 from ch16.parts.load_balancer.breaker import NoServer
 from ch16.parts.load_balancer.discovery import addresses
-from ch16.parts.load_balancer.gateway import Gateway, Limits
+from ch16.parts.load_balancer.gateway import Gateway, GatewayLimits
 from common.server import ServerProcess, listen
 from common.standin import standin_command
 from tests.servers import ROOT
@@ -119,7 +119,7 @@ def test_the_gateway_follows_the_servers(monkeypatch):
         return there["found"]
 
     async def main():
-        limits = Limits(check_s=0.02, find_s=0.02)
+        limits = GatewayLimits(check_s=0.02, find_s=0.02)
         gateway, listener = Gateway(LoadBalancer(()), limits, find=find), listen("127.0.0.1", 0)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         listener.listen()  # what comes before the gateway does waits

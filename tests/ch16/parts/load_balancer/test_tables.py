@@ -1,13 +1,13 @@
 import pytest
 
-from ch16.parts.load_balancer.client import Answer
+from ch16.parts.load_balancer.client import StreamedAnswer
 from ch16.parts.load_balancer.lab import Fault
 from ch16.parts.load_balancer.tables import claim, fault_rows, outcome_rows
 
 
 def answer(counts, wanted=3, complete=True, told=False, sent=0.0, server="a:1", retries=0):
     times = [sent + 0.1 * (i + 1) for i in range(len(counts))]
-    return Answer("x", sent, counts, times, wanted, 200, complete, told, sent + 0.5, server, retries)
+    return StreamedAnswer("x", sent, counts, times, wanted, 200, complete, told, sent + 0.5, server, retries)
 
 
 @pytest.mark.parametrize(

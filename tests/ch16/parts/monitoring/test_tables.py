@@ -3,11 +3,11 @@ import math
 import pytest
 from prometheus_client.samples import Sample
 
-from ch16.parts.monitoring.client import Answer, Scrape
+from ch16.parts.monitoring.client import Reply, Scrape
 from ch16.parts.monitoring.tables import bucket_rows, filled_buckets, gained_buckets, quantile_rows
 
 BUCKETS = [(0.1, 0), (0.5, 2), (1.0, 2), (2.0, 6), (math.inf, 6)]
-ANSWERS = [Answer(0.0, latency) for latency in (0.2, 0.3, 1.1, 1.2, 1.5, 1.9)]
+ANSWERS = [Reply(0.0, latency) for latency in (0.2, 0.3, 1.1, 1.2, 1.5, 1.9)]
 
 
 def scrape(*counts):

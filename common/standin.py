@@ -1,8 +1,8 @@
-"""A stand-in for the production server: the same HTTP, tokens by a clock instead of a model. Everything it says is
-simulated, and its answers carry `x-simulated: 1`.
+"""A stand-in for the production server: the same HTTP, tokens by a clock instead of a model. All its answers are
+simulated, and carry `x-simulated: 1`.
 
-It has the one property of an engine that matters to whoever stands in front of it: all running requests advance
-together, a step takes longer the more of them there are, and the rest waits.
+It has the property of an engine that matters to clients and gateways: all running requests advance together, a step
+takes longer the more requests run, and the others wait.
 
     python3 common/standin.py --port 8001 --step-ms 20 --slots 64
 """
@@ -33,9 +33,9 @@ from common.metrics import InferenceMetrics, Rate, TrackedRequest
 from common.server import listen
 
 MODEL = "simulated"
-KV_TOKENS = 512  # that the cache holds for each slot
-MAX_TOKENS = 1 << 17  # of an answer
-PROMPTS = 1000  # that it remembers to have seen
+KV_TOKENS = 512  # of the KV cache, per slot
+MAX_TOKENS = 1 << 17  # per answer
+PROMPTS = 1000  # in the prefix cache
 # A part of vLLM's buckets, in seconds.
 BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 
@@ -56,15 +56,15 @@ class Asked:
 
     @property
     def options(self) -> dict:
-        """Of its stream."""
+        """`stream_options`."""
         return self.content.get("stream_options") or {}
 
 
 def read_body(body: bytes) -> Asked:
-    """A request from its body.
+    """Parse the body of a request.
 
     Raises:
-        ValueError: it is none; with what is wrong, in one line.
+        ValueError: it is no request; the message says why, in one line.
     """
     try:
         content = json.loads(body)
@@ -91,24 +91,24 @@ def read_body(body: bytes) -> Asked:
 
 
 def is_list_of(value: object, kind: type) -> bool:
-    """Is it a list with nothing but these?"""
+    """Whether it is a list of this kind only."""
     return isinstance(value, list) and all(isinstance(part, kind) for part in value)
 
 
 @dataclass(eq=False)
 class Running:
-    """A request at the stand-in engine: tokens still to come, and where they go."""
+    """A request at the stand-in engine."""
 
     name: str
     prompt_tokens: int
     left: int
-    tokens: asyncio.Queue = field(default_factory=asyncio.Queue)  # for each token, how many are still to come
+    tokens: asyncio.Queue = field(default_factory=asyncio.Queue)  # for each token, the number still to come
     made: int = 0
     came: float = 0.0  # when it was added, and when it got its first token
     first: float = 0.0
 
     def usage(self, tokens: int) -> dict[str, int]:
-        """The counts of an answer with so many tokens."""
+        """The `usage` of an answer with this number of tokens."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": tokens,
@@ -123,7 +123,7 @@ class Latencies:
         self._counts, self._sum = [0] * (len(BUCKETS) + 1), 0.0
 
     def observe(self, seconds: float, times: int = 1) -> None:
-        """Count it, so many times."""
+        """Add a latency this number of times."""
         self._counts[bisect.bisect_left(BUCKETS, seconds)] += times
         self._sum += seconds * times
 
@@ -134,19 +134,19 @@ class Latencies:
 
 
 class Engine:
-    """Continuous batching by the clock: one token for each running request a step. It counts as vLLM does."""
+    """Continuous batching by the clock: a step gives each running request one token. It counts as vLLM does."""
 
     def __init__(self, step_s: float, sequence_s: float, prefill_s: float, slots: int) -> None:
         self._step_s, self._sequence_s, self._prefill_s, self._slots = step_s, sequence_s, prefill_s, slots
         self.generated = self.queried = self.hit = 0  # tokens: of answers, of prompts, of prompts seen before
         self.ttft, self.itl, self.tpot, self.e2e = Latencies(), Latencies(), Latencies(), Latencies()
-        self._seen: dict[int, None] = {}  # hashes of the last prompts, the one asked for longest ago first
+        self._seen: dict[int, None] = {}  # hashes of the last prompts, least recently used first
         self.waiting: collections.deque[Running] = collections.deque()
         self.running: list[Running] = []
         self._work = asyncio.Event()
 
     def add(self, request: Running, prompt: object = None) -> None:
-        """Let a request wait for a slot. A prompt it has seen lately counts as a hit of the prefix cache."""
+        """Queue a request for a slot. A prompt that is still in the prefix cache counts as a hit."""
         request.came = asyncio.get_running_loop().time()
         self.queried += request.prompt_tokens
         key = hash(prompt)  # prompts may be long
@@ -160,7 +160,7 @@ class Engine:
         self._work.set()
 
     def abort(self, request: Running) -> None:
-        """Nobody wants its tokens any more."""
+        """The client has left: drop the request."""
         for place in (self.waiting, self.running):
             with contextlib.suppress(ValueError):
                 place.remove(request)
@@ -177,7 +177,7 @@ class Engine:
             self.running += new
             prefill = sum(request.prompt_tokens for request in new) * self._prefill_s
             step = self._step_s + len(self.running) * self._sequence_s + prefill
-            due = max(due, loop.time() - step) + step  # late by less than a step: the next one makes up for it
+            due = max(due, loop.time() - step) + step  # a delay of less than a step is made up for in the next
             await asyncio.sleep(max(0.0, due - loop.time()))
             now, before = loop.time(), now
             self.itl.observe(now - before, sum(request.made > 0 for request in self.running))
@@ -195,7 +195,7 @@ class Engine:
             self.running = [request for request in self.running if request.left > 0]
 
     def usage(self) -> float:
-        """The part of the KV cache that the running requests hold."""
+        """The share of the KV cache that the running requests hold."""
         held = sum(request.prompt_tokens + request.made for request in self.running)
         return min(1.0, held / (self._slots * KV_TOKENS))
 
@@ -311,7 +311,7 @@ class StandIn:
 
     @staticmethod
     def _event(path: str, number: int, last: bool, usage: dict | None) -> bytes:
-        """The event of one token of an answer, whose text is its number."""
+        """The event of one token; its text is its number."""
         text, finish = f" {number}", "length" if last else None
         if path == "/generate":
             content = {"text": text} | (usage or {})
@@ -323,7 +323,7 @@ class StandIn:
 
     async def _stream(self, request: web.Request, running: Running, asked: Asked) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream", "x-simulated": "1"})
-        await response.prepare(request)  # at once, before there is a token, as vLLM does
+        await response.prepare(request)  # before the first token, as vLLM does
         tokens = left = asked.tokens
         every = self._count_always or asked.options.get("continuous_usage_stats")
         while left:
@@ -377,8 +377,8 @@ def main() -> int:
     parser.add_argument("--sequence-us", type=float, default=0.0, help="more for each running request; default: 0")
     parser.add_argument("--prefill-us", type=float, default=0.0, help="more for each new prompt token; default: 0")
     parser.add_argument("--slots", type=cli.positive_int, default=64, help="requests that run together; default: 64")
-    parser.add_argument(  # vllm-router does not pass on that a client asks for it
-        "--count-always", action="store_true", help="usage in every event, asked for or not"
+    parser.add_argument(  # vllm-router drops the client's stream_options
+        "--count-always", action="store_true", help="usage in every event, even without stream_options"
     )
     parser.add_argument("--journal", type=Path, help="a file that gets a line when a request starts and finishes")
     args = parser.parse_args()

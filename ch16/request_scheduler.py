@@ -87,24 +87,24 @@ class PrioritizedRequest:
     __hash__ = object.__hash__
 
 
-class WaitingRequests:
-    """The order: by priority, equal ones by arrival, as in the chapter. Ageing and fairness change it if asked for."""
+class RequestQueue:
+    """In place of the chapter's PriorityQueue: by priority, then by arrival; ageing and fairness if asked for."""
 
     def __init__(self, ageing_s: float, fair: bool) -> None:
         self.count = self.added = 0  # requests that wait; that ever came
-        self.queues: dict[str, WaitingHeap] = {}  # by tenant if fair, else one
+        self.heaps: dict[str, WaitingHeap] = {}  # by tenant if fair, else one
         self.deadlines = WaitingHeap()
         self.served = TokenCounters()
         self._ageing_s, self._fair = ageing_s, fair
 
-    def add(self, item: PrioritizedRequest, now: float) -> None:
+    def put(self, item: PrioritizedRequest, now: float) -> None:
         """Ageing: all requests age alike, so their order never changes. It is that of arrival + priority * ageing_s."""
         rank = item.priority if self._ageing_s == math.inf else now + item.priority * self._ageing_s
         tenant = item.tenant if self._fair else ""
-        if tenant not in self.queues:
-            self.queues[tenant] = WaitingHeap()
+        if tenant not in self.heaps:
+            self.heaps[tenant] = WaitingHeap()
             self.served.join(tenant)
-        self.queues[tenant].push(rank, item)
+        self.heaps[tenant].push(rank, item)
         if item.deadline < math.inf:
             self.deadlines.push(item.deadline, item)
         self.count += 1
@@ -112,7 +112,7 @@ class WaitingRequests:
 
     def first(self) -> PrioritizedRequest:
         """Fairness: the tenant that was served least goes first (Virtual Token Counter, arXiv 2401.00588)."""
-        return self.queues[self.served.least()].first()
+        return self.heaps[self.served.least()].first()
 
     def take(self, item: PrioritizedRequest) -> None:
         """The request goes into a batch, and its tenant is charged."""
@@ -124,10 +124,10 @@ class WaitingRequests:
         """The request stops waiting."""
         item.state = state
         tenant = item.tenant if self._fair else ""
-        self.queues[tenant].left()
-        if not self.queues[tenant].live:
+        self.heaps[tenant].left()
+        if not self.heaps[tenant].live:
             self.served.leave(tenant)
-            del self.queues[tenant]
+            del self.heaps[tenant]
         if item.deadline < math.inf:
             self.deadlines.left()
         self.count -= 1
@@ -142,7 +142,7 @@ class WaitingRequests:
 
     def is_full(self, tenant: str, max_queue: int) -> bool:
         """Fair: no tenant may hold more places than remain free (dynamic thresholds, Choudhury and Hahne, 1998)."""
-        held = self.queues[tenant].live if self._fair and tenant in self.queues else 0
+        held = self.heaps[tenant].live if self._fair and tenant in self.heaps else 0
         return max_queue - self.count <= held
 
 
@@ -175,13 +175,13 @@ class InferenceScheduler:
             raise ValueError(f"ageing_s must be at least 0, not {ageing_s}")
         if max_queue < 1:
             raise ValueError(f"max_queue must be at least 1, not {max_queue}")
-        self._waiting = WaitingRequests(ageing_s, fair)
+        self._queue = RequestQueue(ageing_s, fair)
         self._fair, self._max_queue, self._on_expired, self._clock = fair, max_queue, on_expired, clock
         self._changed = threading.Condition()
         self._closed = False
 
     def __len__(self) -> int:
-        return self._waiting.count
+        return self._queue.count
 
     def add_request(
         self, request: object, priority: float = 0, *, tokens: int = 1, tenant: str = "", deadline: float | None = None
@@ -199,14 +199,14 @@ class InferenceScheduler:
         refused = None
         with self._changed:
             now = self._clock()
-            expired = self._waiting.expire(now)
+            expired = self._queue.expire(now)
             if self._closed:
                 refused = RuntimeError("the scheduler is closed")
-            elif self._waiting.is_full(tenant, self._max_queue):
+            elif self._queue.is_full(tenant, self._max_queue):
                 refused = QueueFull(f"{len(self)} of {self._max_queue} places are taken")
             else:
-                item = PrioritizedRequest(priority, request, self._waiting.added, tokens, tenant, deadline, owner=self)
-                self._waiting.add(item, now)
+                item = PrioritizedRequest(priority, request, self._queue.added, tokens, tenant, deadline, owner=self)
+                self._queue.put(item, now)
                 self._changed.notify()
         self._report(expired)
         if refused:
@@ -227,11 +227,11 @@ class InferenceScheduler:
 
     def _next_batch(self, max_batch_size: int, max_tokens: float) -> list[PrioritizedRequest]:
         batch: list[PrioritizedRequest] = []
-        while self._waiting.count and len(batch) < max_batch_size:
-            item = self._waiting.first()
+        while self._queue.count and len(batch) < max_batch_size:
+            item = self._queue.first()
             if batch and item.tokens > max_tokens:
                 break
-            self._waiting.take(item)
+            self._queue.take(item)
             max_tokens -= item.tokens
             batch.append(item)
         return batch
@@ -247,11 +247,11 @@ class InferenceScheduler:
         until = time.monotonic() + seconds
         while True:
             with self._changed:
-                if not self._waiting.count and not self._closed and seconds:
+                if not self._queue.count and not self._closed and seconds:
                     self._changed.wait(None if seconds == math.inf else max(0.0, until - time.monotonic()))
-                expired = self._waiting.expire(self._clock())
+                expired = self._queue.expire(self._clock())
                 batch = self._next_batch(max_batch_size, limit)
-                finished = batch or (self._closed and not self._waiting.count)
+                finished = batch or (self._closed and not self._queue.count)
             self._report(expired)
             if finished or time.monotonic() >= until:
                 return batch
@@ -265,10 +265,10 @@ class InferenceScheduler:
         if item.owner is not self:
             raise ValueError("the request waits in another scheduler")
         with self._changed:
-            expired = self._waiting.expire(self._clock())
+            expired = self._queue.expire(self._clock())
             waits = item.state == "waiting"
             if waits:
-                self._waiting.remove(item, "cancelled")
+                self._queue.remove(item, "cancelled")
         self._report(expired)
         return waits
 
@@ -282,7 +282,7 @@ class InferenceScheduler:
             raise ValueError(f"a charge of {tokens} tokens")
         if self._fair:
             with self._changed:
-                self._waiting.served.charge(tenant, tokens)
+                self._queue.served.charge(tenant, tokens)
 
     def close(self) -> None:
         """Refuse further requests. Those that wait can still be taken, and no call blocks any longer."""

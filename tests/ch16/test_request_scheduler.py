@@ -255,9 +255,9 @@ def test_memory_is_given_back():
         item = scheduler.add_request(i, tenant=f"t{i % 7}", deadline=i + (0.5 if i % 2 else 1e9))
         if i % 2 == 0:
             scheduler.cancel(item)
-    waits = scheduler._waiting
+    waits = scheduler._queue
     assert len(waits.deadlines._entries) < 200
-    assert sum(len(heap._entries) for heap in waits.queues.values()) < 300
+    assert sum(len(heap._entries) for heap in waits.heaps.values()) < 300
     assert keep.state == "waiting" and len(scheduler) <= 2
 
 
@@ -381,7 +381,7 @@ def test_a_heavy_tenant_cannot_take_all_places():
         with pytest.raises(QueueFull):
             for i in range(20):
                 scheduler.add_request(i, tenant=tenant)
-    assert [scheduler._waiting.queues[name].live for name in ("heavy", "light", "third")] == [8, 4, 2]
+    assert [scheduler._queue.heaps[name].live for name in ("heavy", "light", "third")] == [8, 4, 2]
 
 
 # ---- the lab ----

@@ -32,4 +32,4 @@ def message(rows: Sequence[dict]) -> str:
     """What the picture shows, from the live rows."""
     fcfs, strict, _ = _by_policy(rows)
     high, low = (strict[kind]["p99_s"] / fcfs[kind]["p99_s"] for kind in ("high", "low"))
-    return f"With priorities, P99 TTFT is {high:.2g}x of FCFS for high priority and {low:.2g}x for low priority"
+    return f"With priorities, high priority has {high:.2g}x the P99 TTFT of FCFS, and low priority {low:.2g}x"

@@ -1,5 +1,6 @@
 """The picture: every live request with and without priorities, and the simulated waits by class."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from ch16.parts.request_scheduler.mix import CLASSES, Answer
@@ -41,7 +42,8 @@ def plot(
         p99 = [row["p99_s"] for row in shown]
         waits.plot(p99, places, "o", markersize=10, color=COLOURS[kind], label=f"{kind} priority")
     waits.set(title="simulated engine, bursts of minutes", xlabel="time to first token, P99, s", xscale="log")
-    waits.set_yticks(range(len(policies)), [policy.replace(" ", "\n", 1) for policy in policies])
+    waits.set_yticks(range(len(policies)), [textwrap.fill(policy, 14) for policy in policies])
+    waits.xaxis.set_major_formatter("{x:g}")
     waits.invert_yaxis()
     waits.grid(axis="x", alpha=0.3)
     legend_below(waits, 3)

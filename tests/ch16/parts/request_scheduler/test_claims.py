@@ -23,4 +23,4 @@ def test_the_claim(ratio, throughput, verdict):
 
 
 def test_the_pictures_message_is_computed():
-    assert "0.2x of FCFS for high priority and 1x for low" in message(rows_of(0.2, 1.0))
+    assert "high priority has 0.2x the P99 TTFT of FCFS, and low priority 1x" in message(rows_of(0.2, 1.0))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 from common.cli import CannotRun
 
@@ -103,10 +104,7 @@ def at_rate(trace: Sequence[Arrival], requests: int, rate: float) -> list[Arriva
 
 def mean_lengths(trace: Sequence[Arrival]) -> tuple[float, float]:
     """Tokens in and out of a request, on average."""
-    return (
-        sum(arrival.tokens_in for arrival in trace) / len(trace),
-        sum(arrival.tokens_out for arrival in trace) / len(trace),
-    )
+    return fmean(arrival.tokens_in for arrival in trace), fmean(arrival.tokens_out for arrival in trace)
 
 
 def write_timed_trace(trace: Sequence[Arrival], path: Path, block_tokens: int) -> None:
@@ -116,10 +114,5 @@ def write_timed_trace(trace: Sequence[Arrival], path: Path, block_tokens: int) -
             count = -(-arrival.tokens_in // block_tokens)
             blocks = [str(block) for block in arrival.blocks[:count]]
             blocks += [f"{number}/{i}" for i in range(len(blocks), count)]  # shared with no other request
-            line = {
-                "timestamp": arrival.at_s,
-                "input_length": arrival.tokens_in,
-                "output_length": arrival.tokens_out,
-                "hash_ids": blocks,
-            }
-            file.write(json.dumps(line) + "\n")
+            line = {"timestamp": arrival.at_s, "input_length": arrival.tokens_in, "output_length": arrival.tokens_out}
+            file.write(json.dumps(line | {"hash_ids": blocks}) + "\n")

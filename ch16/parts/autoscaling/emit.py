@@ -32,6 +32,10 @@ def manifest_comments(results: Report, pool: Pool, slo_s: float) -> list[str]:
 
 def manifest(spec: Spec, target: float, comments: Sequence[str]) -> str:
     """The chapter's HorizontalPodAutoscaler, with the target found, as YAML under `comments`."""
+    metric = {
+        "metric": {"name": "inference_active_requests"},
+        "target": {"type": "AverageValue", "averageValue": quantity(target)},
+    }
     content = {
         "apiVersion": "autoscaling/v2",
         "kind": KIND,
@@ -40,15 +44,7 @@ def manifest(spec: Spec, target: float, comments: Sequence[str]) -> str:
             "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": "inference-server"},
             "minReplicas": spec.min_replicas,
             "maxReplicas": spec.max_replicas,
-            "metrics": [
-                {
-                    "type": "Pods",
-                    "pods": {
-                        "metric": {"name": "inference_active_requests"},
-                        "target": {"type": "AverageValue", "averageValue": quantity(target)},
-                    },
-                }
-            ],
+            "metrics": [{"type": "Pods", "pods": metric}],
             "behavior": {"scaleUp": _rules(spec.up), "scaleDown": _rules(spec.down)},
         },
     }

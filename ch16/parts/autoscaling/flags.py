@@ -20,25 +20,13 @@ def parse(doc: str, slack: int, manifest: str) -> argparse.Namespace:
     fleet.add_argument("--signals", nargs="+", choices=list(signals(1)), default=list(signals(1)), help="to scale on")
     fleet.add_argument("--costs", metavar="FILE", help="the engine as measured by an earlier run with --json FILE")
     fleet.add_argument("--cold-start-s", type=float, default=120.0, metavar="S", help="until a new replica serves")
-    fleet.add_argument(
-        "--slo-ttft-ms",
-        type=cli.positive_float,
-        metavar="MS",
-        help=f"objective; default: {slack} times that of an idle replica",
-    )
+    objective = f"objective; default: {slack} times that of an idle replica"
+    fleet.add_argument("--slo-ttft-ms", type=cli.positive_float, metavar="MS", help=objective)
     fleet.add_argument("--trace", metavar="FILE", help="also replay this: Azure's .csv or Mooncake's .jsonl")
-    fleet.add_argument(
-        "--max-gap-s",
-        type=cli.positive_float,
-        default=3600.0,
-        metavar="S",
-        help="without requests, beyond which a trace counts as broken",
-    )
-    fleet.add_argument(
-        "--hpa",
-        metavar="FILE",
-        help=f"a manifest whose windows and policies are also simulated; default: this repository's {manifest}",
-    )
+    gap = "without requests, beyond which a trace counts as broken"
+    fleet.add_argument("--max-gap-s", type=cli.positive_float, default=3600.0, metavar="S", help=gap)
+    rules = f"a manifest whose windows and policies are also simulated; default: this repository's {manifest}"
+    fleet.add_argument("--hpa", metavar="FILE", help=rules)
     fleet.add_argument("--emit", action="store_true", help="print the manifest alone; all else goes to stderr")
     args = parser.parse_args()
     if not 0 <= args.cold_start_s < math.inf:

@@ -155,10 +155,5 @@ def simulate_fleet(requests: np.ndarray, pool: Pool, spec: Spec, scaler: Scaler,
 
 def simulate_fixed(requests: np.ndarray, pool: Pool, replicas: int) -> Outcome:
     """Serve `requests` by a fleet that is never scaled."""
-    return simulate_fleet(
-        requests,
-        pool,
-        Spec(replicas, replicas),
-        scaler=lambda samples, missing, ready: [],
-        decide=lambda spec, history, now_s, current, metrics: (current, history),
-    )
+    keep: Decide = lambda spec, history, now_s, current, metrics: (current, history)  # noqa: E731
+    return simulate_fleet(requests, pool, Spec(replicas, replicas), lambda samples, missing, ready: [], keep)

@@ -1,34 +1,27 @@
 """A heap whose entries may leave from anywhere in it: cancelled and expired requests, not only the first."""
 
 import heapq
-from typing import Protocol
+from typing import Any
 
 SLACK = 64  # entries of requests that have left, kept at most beside as many as wait
 
 
-class Waiting(Protocol):
-    """A request, as far as a heap looks at it."""
-
-    number: int  # in order of arrival
-    state: str  # "waiting" until it leaves
-
-
 class WaitingHeap:
-    """Requests by rank, then by arrival.
+    """Requests by rank, then by `number` (arrival), as long as their `state` is "waiting".
 
     One that leaves is skipped when it comes up. When those that have left are half of the heap, they are removed.
     """
 
     def __init__(self) -> None:
         self.live = 0  # requests that wait
-        self._entries: list[tuple[float, int, Waiting]] = []
+        self._entries: list[tuple[float, int, Any]] = []
 
-    def push(self, rank: float, item: Waiting) -> None:
+    def push(self, rank: float, item: Any) -> None:
         """Let a request wait; a lower rank comes first."""
         heapq.heappush(self._entries, (rank, item.number, item))
         self.live += 1
 
-    def first(self) -> Waiting:
+    def first(self) -> Any:
         """The request that comes first and still waits.
 
         Raises:

@@ -28,7 +28,7 @@ import contextlib
 import gc
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -36,40 +36,14 @@ import torch.nn as nn
 from torch.profiler import profile, record_function
 from tqdm import tqdm
 
-from ch16.parts.inference_profiling.attribution import (
-    OPERATION_COLUMNS,
-    Profile,
-    profiled,
-    time_by_kind,
-    top_operations,
-)
+from ch16.parts.inference_profiling import modes, tables
+from ch16.parts.inference_profiling.attribution import OPERATION_COLUMNS, Profile, profiled, time_by_kind
 from ch16.parts.inference_profiling.claims import claim
 from ch16.parts.inference_profiling.engine import profile_engine, start_profiled_engine
-from ch16.parts.inference_profiling.modes import (
-    COMPILED_ERROR,
-    SAME_ERROR,
-    Decoder,
-    check_same,
-    launch_modes,
-    why_not_compiled,
-    why_not_replayable,
-)
+from ch16.parts.inference_profiling.modes import Decoder, launch_modes, why_not_compiled, why_not_replayable
 from ch16.parts.inference_profiling.picture import plot
 from ch16.parts.inference_profiling.sizes import parser_of, prompts, require_memory, run_from
-from ch16.parts.inference_profiling.tables import (
-    BOUNDS_COLUMNS,
-    COST_COLUMNS,
-    KINDS_COLUMNS,
-    MODES_COLUMNS,
-    ProfiledRun,
-    bounds_row,
-    bounds_rows,
-    cost_row,
-    gap_share,
-    kinds_row,
-    modes_row,
-    work_of_phases,
-)
+from ch16.parts.inference_profiling.tables import ProfiledRun, work_of_phases
 from ch16.parts.inference_profiling.trace import activities, export, save_plain
 from ch16.parts.inference_profiling.work import Limits, Weights, Work, limits_of, require_countable
 from common import cli, models
@@ -180,7 +154,7 @@ def measure_cost(model: nn.Module, input_ids: torch.Tensor, stacks: bool, rounds
         name: {part: percentile([seconds[name][part] for seconds in turns], 50) for part in ("prefill", "decode")}
         for name in turns[0]
     }
-    return [cost_row(name, seconds, medians["off"]) for name, seconds in medians.items()]
+    return [tables.cost_row(name, seconds, medians["off"]) for name, seconds in medians.items()]
 
 
 def run_steps(decoder: Decoder, step: Callable[[], object]) -> dict[str, float]:
@@ -199,24 +173,24 @@ def measure_modes(
 ) -> tuple[list[dict], list[dict]]:
     """Rows of MODES_COLUMNS and of KINDS_COLUMNS: the same steps in all launch modes, checked to agree."""
     device, batch = decoder.prompt.device, decoder.prompt.shape[0]
-    modes, took = launch_modes(decoder, compiled)
-    tokens, expected = decoder.logits_of(modes["eager"], DECODE_STEPS)
+    launched, took = launch_modes(decoder, compiled)
+    tokens, expected = decoder.logits_of(launched["eager"], DECODE_STEPS)
     progress = tqdm(range(rounds), desc="launch modes", leave=False, disable=None)
-    turns = [{name: run_steps(decoder, step)["decode"] for name, step in modes.items()} for _ in progress]
+    turns = [{name: run_steps(decoder, step)["decode"] for name, step in launched.items()} for _ in progress]
     rows, kinds = [], []
-    for name, step in modes.items():
+    for name, step in launched.items():
         choices, logits = decoder.logits_of(step, DECODE_STEPS, given=tokens)
-        error = check_same(name, logits, expected, COMPILED_ERROR if "compiled" in name else SAME_ERROR)
+        error = modes.check_same(name, logits, expected, modes.tolerance_of(name))
         seconds = percentile([turn[name] for turn in turns], 50)
         speedup = percentile([turn["eager"] / turn[name] for turn in turns], 50)
         with tempfile.TemporaryDirectory() as folder:
             steps = profiled(partial(run_steps, decoder, step), device.type == "cuda", f"{folder}/steps.json")
         parts = steps.parts()["decode"]
-        gaps = gap_share(parts, seconds, device.type)
-        bounds = bounds_row(name, batch * DECODE_STEPS, work, seconds, gaps, limits, verdict)
+        gaps = tables.gap_share(parts, seconds, device.type)
+        bounds = tables.bounds_row(name, batch * DECODE_STEPS, work, seconds, gaps, limits, verdict)
         same = int((choices == tokens).all(dim=0).sum())
-        rows.append(modes_row(bounds, DECODE_STEPS, speedup, error, same, took[name]))
-        kinds.append(kinds_row(f"decode, {name}", parts, steps.seconds["decode"]))
+        rows.append(tables.modes_row(bounds, DECODE_STEPS, speedup, error, same, took[name]))
+        kinds.append(tables.kinds_row(f"decode, {name}", parts, steps.seconds["decode"]))
     return rows, kinds
 
 
@@ -239,18 +213,20 @@ def measure(
     parts = inference.parts()
     work = work_of_phases(weights, model.config, run, run.prompt)
     seconds = {name: cost[0][f"{name}_ms"] / 1e3 for name in parts}
-    bounds = bounds_rows(run, parts, seconds, work, device, limits, verdict)
-    results.table("bounds", f"Counted work against the limits ({limits.source})", bounds, BOUNDS_COLUMNS)
-    results.table("cost", "Cost of the profiler, median of rounds", cost, COST_COLUMNS)
+    bounds = tables.bounds_rows(run, parts, seconds, work, device, limits, verdict)
+    results.table("bounds", f"Counted work against the limits ({limits.source})", bounds, tables.BOUNDS_COLUMNS)
+    results.table("cost", "Cost of the profiler, median of rounds", cost, tables.COST_COLUMNS)
 
     left_out = args.no_compile or (args.quick and device == "cpu")  # compiling takes half a minute on two cores
     not_compiled = why_not_compiled(device) or ("left out by --quick or --no-compile" if left_out else "")
     decoder = Decoder(network, input_ids, DECODE_STEPS + 1)
-    modes, mode_kinds = measure_modes(decoder, work["decode"], limits, not not_compiled, rounds)
-    kinds = [kinds_row(name, parts[name], inference.seconds[name]) for name in parts] + mode_kinds
+    by_mode, mode_kinds = measure_modes(decoder, work["decode"], limits, not not_compiled, rounds)
+    kinds = [tables.kinds_row(name, parts[name], inference.seconds[name]) for name in parts] + mode_kinds
     shape = f"{run.batch} x {run.prompt:,} tokens, then {DECODE_STEPS} decode steps"
-    results.table("kinds", f"Time by kind of work: {shape}", kinds, KINDS_COLUMNS)
-    results.table("modes", "The same decode steps in a cache of fixed size, by launch mode", modes, MODES_COLUMNS)
+    results.table("kinds", f"Time by kind of work: {shape}", kinds, tables.KINDS_COLUMNS)
+    results.table(
+        "modes", "The same decode steps in a cache of fixed size, by launch mode", by_mode, tables.MODES_COLUMNS
+    )
     if reason := why_not_replayable(decoder):
         print(f"  eager only: {reason}")
     elif not_compiled:
@@ -276,15 +252,16 @@ def measure_vllm(
         print(f"written: {args.trace}")
     parts = {name: time_by_kind(inference.trace, span) for name, span in inference.spans.items()}
     work = work_of_phases(weights, model.config, run, prompt_logits=1)
-    operations = top_operations(inference.trace, list(inference.spans.values()))
-    results.table("operations", "Top 10 operations by device time", operations, OPERATION_COLUMNS)
-    kinds = [kinds_row(name, parts[name], inference.spans[name].seconds) for name in parts]
-    results.table("kinds", f"Time by kind of work in vLLM: {run.batch} x {run.prompt:,} tokens", kinds, KINDS_COLUMNS)
-    bounds = bounds_rows(run, parts, inference.seconds, work, machine.device, limits, verdict)
-    results.table("bounds", f"Counted work against the limits ({limits.source})", bounds, BOUNDS_COLUMNS)
+    results.table("operations", "Top 10 operations by device time", inference.operations, OPERATION_COLUMNS)
+    kinds = [tables.kinds_row(name, parts[name], inference.spans[name].seconds) for name in parts]
+    results.table(
+        "kinds", f"Time by kind of work in vLLM: {run.batch} x {run.prompt:,} tokens", kinds, tables.KINDS_COLUMNS
+    )
+    bounds = tables.bounds_rows(run, parts, inference.seconds, work, machine.device, limits, verdict)
+    results.table("bounds", f"Counted work against the limits ({limits.source})", bounds, tables.BOUNDS_COLUMNS)
     profilers = {"off": inference.seconds, "operations, kernels, shapes": inference.profiled_seconds}
-    cost = [cost_row(name, seconds, inference.seconds) for name, seconds in profilers.items()]
-    results.table("cost", "Cost of vLLM's profiler", cost, COST_COLUMNS)
+    cost = [tables.cost_row(name, seconds, inference.seconds) for name, seconds in profilers.items()]
+    results.table("cost", "Cost of vLLM's profiler", cost, tables.COST_COLUMNS)
 
 
 # ---- main ----
@@ -292,11 +269,11 @@ def measure_vllm(
 
 def report(results: Report, model: Model, machine: Machine, limits: Limits, args: argparse.Namespace) -> None:
     """Print the claim; write JSON and picture."""
-    tables: Mapping[str, list[dict]] = {name: table["rows"] for name, table in results.tables.items()}
-    results.claims([claim(tables["bounds"], NEAR_PERCENT)])
+    rows = {name: table["rows"] for name, table in results.tables.items()}
+    results.claims([claim(rows["bounds"], NEAR_PERCENT)])
     results.save(args.json)
     if args.plot:
-        plot(args.plot, tables, limits, model.name, machine)
+        plot(args.plot, rows, limits, model.name, machine)
 
 
 def main() -> int:

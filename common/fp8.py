@@ -32,11 +32,6 @@ class Quantized:
     block: tuple[int, int] | None = None
     power_of_two: bool = True  # whether the scales are; multiplying by them is then exact in bfloat16
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the values and their scales."""
-        return self.values.nbytes + self.inverse.nbytes
-
     def scaled(self, x: torch.Tensor) -> torch.Tensor:
         """x [M, K] times `inverse`."""
         return _scaled(x, self.inverse, self.block)

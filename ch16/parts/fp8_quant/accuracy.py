@@ -114,16 +114,9 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 def convert(
     model: nn.Module, names: Sequence[str], precision: Precision, calibration: Sequence[torch.Tensor]
 ) -> Callable[[], None]:
-    """Replace linear layers by FP8 ones that hold no BF16 copy, calibrated first where the recipe needs it.
+    """Replace the layers `names` by FP8 layers without a BF16 copy; the function that comes back restores them.
 
-    Args:
-        model: changed in place.
-        names: which layers, as `linears` names them.
-        precision: a recipe.
-        calibration: token ids for delayed scaling, at least two batches; empty leaves its scales at 1.
-
-    Returns:
-        A function that puts the original layers back.
+    `calibration` is token ids for delayed scaling, at least two batches; empty leaves its scales at 1.
     """
     originals = {name: model.get_submodule(name) for name in names}
 
@@ -188,14 +181,9 @@ def measure_accuracy(
 ) -> list[dict]:
     """Rows of ACCURACY_COLUMNS: a model in BF16 and by each recipe, on the same text.
 
-    All recipes read the first `trial_tokens`. The best of those that multiply in FP8 is tried again with some of the
-    first and last blocks left in BF16, as is usual for small models. The best of all reads everything, in the last row.
-
-    Args:
-        network: a causal LM in BF16; unchanged afterwards.
-        windows: token ids [N, window], as `windows_of` makes them.
-        precisions: recipes to try.
-        sizes: trial_tokens, batch, window.
+    All recipes read the first `trial_tokens` of `windows`. The best of those that multiply in FP8 is tried again with
+    some of the first and last blocks left in BF16, as is usual for small models. The best of all reads everything, in
+    the last row. The network is unchanged afterwards.
     """
     scored, calibration = windows[:-CALIBRATION_WINDOWS], windows[-CALIBRATION_WINDOWS:]
     examples = calibration.to(next(network.parameters()).device).chunk(2)

@@ -98,7 +98,7 @@ class Linear(nn.Module):
         init_method: Callable[[torch.Tensor], torch.Tensor] = random_weight,
     ) -> None:
         super().__init__()
-        self.recipe = _weights_in.get()
+        self.recipe, self.dtype = _weights_in.get(), params_dtype
         where = {"dtype": params_dtype, "device": device}
         self.bias = nn.Parameter(torch.zeros(out_features, **where), requires_grad=False) if bias else None
         self.register_buffer("input_amax", torch.zeros((), device=device))  # 0: not calibrated
@@ -151,16 +151,9 @@ class Linear(nn.Module):
 class LayerNormLinear(Linear):
     """Layer normalisation, then `Linear`."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        params_dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, params_dtype, device)
-        self.norm = nn.LayerNorm(in_features, dtype=params_dtype, device=device)
+    def __init__(self, in_features: int, out_features: int, **options: object) -> None:
+        super().__init__(in_features, out_features, **options)
+        self.norm = nn.LayerNorm(in_features, dtype=self.dtype, device=self.weight.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features]."""
@@ -170,17 +163,10 @@ class LayerNormLinear(Linear):
 class LayerNormMLP(nn.Module):
     """Layer normalisation, a linear layer to the hidden width, GELU, and one back."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        ffn_hidden_size: int,
-        bias: bool = True,
-        params_dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, hidden_size: int, ffn_hidden_size: int, **options: object) -> None:
         super().__init__()
-        self.fc1 = LayerNormLinear(hidden_size, ffn_hidden_size, bias, params_dtype, device)
-        self.fc2 = Linear(ffn_hidden_size, hidden_size, bias, params_dtype, device)
+        self.fc1 = LayerNormLinear(hidden_size, ffn_hidden_size, **options)
+        self.fc2 = Linear(ffn_hidden_size, hidden_size, **options)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., hidden_size] to the same shape."""

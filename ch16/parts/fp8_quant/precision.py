@@ -17,10 +17,7 @@ from ch16.parts.fp8_quant import layers
 from common.cli import CannotRun, first_line
 
 TOKENS_MULTIPLE = 16  # FP8 GEMMs take multiples of it in every dimension
-CALIBRATED = (
-    "_extra_state",
-    "input_amax",
-)  # what calibration adds to a state dict: Transformer Engine's name, and ours
+CALIBRATED = ("_extra_state", "input_amax")  # calibration's names in a state dict: Transformer Engine's, and ours
 
 
 @dataclass(frozen=True)

@@ -43,12 +43,7 @@ def measure_stack(
 ) -> tuple[dict, list[dict]]:
     """Blocks in BF16, and with the same weights in FP8.
 
-    Args:
-        build: makes the stack in a precision: a module called with (x [B, S, H], caches, position).
-        precision: an FP8 recipe; the twin in BF16 is made of the same library's layers.
-        machine: where it runs.
-        sizes: of the stack and of its inputs.
-        seed: for weights and inputs.
+    `build` makes the stack in a precision: a module called with (x [B, S, H], caches, position).
 
     Returns:
         A row of MEMORY_COLUMNS and, on a machine with FP8 units, rows of STACK_COLUMNS.

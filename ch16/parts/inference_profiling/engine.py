@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from ch16.parts.inference_profiling.attribution import top_operations
 from ch16.parts.inference_profiling.trace import Event, Trace, read_trace
 from common.cli import CannotRun, first_line
 from common.engine import start_engine
@@ -32,6 +33,11 @@ class EngineProfile:
     spans: dict[str, Event]
     seconds: dict[str, float]  # without the profiler
     profiled_seconds: dict[str, float]
+
+    @property
+    def operations(self) -> list[dict]:
+        """Rows of OPERATION_COLUMNS."""
+        return top_operations(self.trace, list(self.spans.values()))
 
 
 def start_profiled_engine(settings: Mapping[str, object], folder: str, stacks: bool) -> tuple["LLM", float]:

@@ -132,6 +132,11 @@ def _compiled(decoder: Decoder) -> Callable[[], object]:
     return step
 
 
+def tolerance_of(name: str) -> float:
+    """How far the logits of this launch mode may be from the eager ones."""
+    return COMPILED_ERROR if "compiled" in name else SAME_ERROR
+
+
 def check_same(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> float:
     """The largest error of the logits [B, steps, vocab] of a step of this launch mode, relative to their norm.
 

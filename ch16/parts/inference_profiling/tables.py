@@ -17,7 +17,6 @@ class ProfiledRun:
     steps: int
 
 
-Parts = Mapping[str, Mapping[str, float]]  # seconds of each kind, by phase
 RooflineVerdict = Callable[[Work, Limits, float], str]  # the script's `verdict`
 
 KIND_KEYS = ("matrix_percent", "attention_percent", "elementwise_percent", "copies_percent", "gaps_percent")
@@ -104,7 +103,7 @@ def bounds_row(
 
 def bounds_rows(
     run: ProfiledRun,
-    parts: Parts,
+    parts: Mapping[str, Mapping[str, float]],
     seconds: Mapping[str, float],
     work: Mapping[str, Work],
     device: str,

@@ -90,6 +90,16 @@ def test_no_two_classes_have_one_name():
     assert [name for name, count in names.items() if count > 1] == []
 
 
+def test_the_architecture_has_a_line_for_each_module():
+    """The first sentence of its docstring, under the heading of its folder."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for name, file in FILES.items():
+        if not name.endswith("__init__"):
+            text = ast.get_docstring(ast.parse(file.read_text())).split("\n\n")[0].replace("\n", " ")
+            block = page.partition(f"### {file.parent.relative_to(ROOT)}/\n")[2].partition("\n### ")[0]
+            assert f"- `{file.name}`: {text}\n" in block + "\n", f"docs/architecture.md lacks {name}: {text}"
+
+
 def sections(script):
     """The section of each line, by the comments that begin them."""
     found = [""]

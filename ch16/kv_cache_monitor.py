@@ -38,7 +38,7 @@ from ch16.parts.kv_cache_monitor.arithmetic import kv_shape
 from ch16.parts.kv_cache_monitor.claims import claims
 from ch16.parts.kv_cache_monitor.events import EventStream
 from ch16.parts.kv_cache_monitor.export import StatsCollector
-from ch16.parts.kv_cache_monitor.feed import EngineFeed, Sample
+from ch16.parts.kv_cache_monitor.feed import EngineFeed, CacheSample
 from ch16.parts.kv_cache_monitor.picture import plot
 from ch16.parts.kv_cache_monitor.sizes import CacheSizes, sizes_for
 from ch16.parts.kv_cache_monitor.watch import watch
@@ -213,7 +213,7 @@ def monitored_engine(settings: dict[str, object], folder: str) -> tuple["LLM", E
 
 def measure(
     settings: dict[str, object], model: Model, sizes: CacheSizes, block_bytes: int, seed: int, results: Report
-) -> tuple[dict[str, Sequence[dict]], Sequence[Sample]]:
+) -> tuple[dict[str, Sequence[dict]], Sequence[CacheSample]]:
     """Three engines: monitored, plain, and without prefix caching. Each table as soon as it exists.
 
     Returns:
@@ -275,7 +275,7 @@ def compare_engines(
 
 
 def report(
-    results: Report, found: dict, samples: Sequence[Sample], sizes: CacheSizes, args: argparse.Namespace
+    results: Report, found: dict, samples: Sequence[CacheSample], sizes: CacheSizes, args: argparse.Namespace
 ) -> None:
     """Print the claims, write the JSON and the picture."""
     results.claims(claims(**found))

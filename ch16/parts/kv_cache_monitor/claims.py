@@ -20,11 +20,11 @@ def claims(workloads: Sequence[dict], no_hits: dict, shared: Sequence[dict], fit
     )
     in_every_workload = all(row["checked"] for row in workloads)
     reserved, paged = fits
-    both_fit = f"{reserved['fit']} requests fit with memory reserved, {paged['fit']} paged"
+    requests_fit = f"{reserved['fit']} requests fit with memory reserved, {paged['fit']} paged"
     return [
         _prefix_caching(no_hits, shared),
         judge("K1", in_every_workload and compared > 0 and evictions > 0 and preemptions > 0, visible),
-        judge("K2", paged["fit"] > reserved["fit"], both_fit),
+        judge("K2", paged["fit"] > reserved["fit"], requests_fit),
     ]
 
 

@@ -98,7 +98,7 @@ class HeldBlocks:
 
 
 @dataclass(frozen=True)
-class Sample:
+class CacheSample:
     """The cache after one engine step: seconds since the start, blocks, and totals since the start."""
 
     seconds: float
@@ -126,7 +126,7 @@ class EngineFeed:
         self.block_size, self.total_blocks = config.block_size, config.num_gpu_blocks - 1  # vLLM never hands out one
         self.cached, self.held = CachedBlocks(monitor), HeldBlocks(monitor, self.block_size, block_bytes)
         self._block_bytes = block_bytes
-        self.samples: list[Sample] = []
+        self.samples: list[CacheSample] = []
         self.checked_steps = self.steps = 0
         self._started = time.perf_counter()
         self._first = self.metrics()
@@ -201,7 +201,7 @@ class EngineFeed:
             if used != held:
                 raise CannotRun(f"step {self.steps}: {held} blocks in use by the monitor, {used} by the engine")
         self.samples.append(
-            Sample(
+            CacheSample(
                 time.perf_counter() - self._started,
                 used,
                 len(self.cached),

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from ch16.parts.kv_cache_monitor.feed import Sample
+from ch16.parts.kv_cache_monitor.feed import CacheSample
 from ch16.parts.kv_cache_monitor.sizes import CacheSizes
 from common.gpu import Machine
 from common.plots import COLOURS, draw, legend_below, save_plot
 
 
-def plot(path: str, samples: Sequence[Sample], sizes: CacheSizes, model: str, machine: Machine) -> None:
+def plot(path: str, samples: Sequence[CacheSample], sizes: CacheSizes, model: str, machine: Machine) -> None:
     """Blocks held and cached over time, beside blocks found, not found and evicted so far."""
     figure, (blocks, totals) = draw(2)
     seconds = [sample.seconds for sample in samples]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from ch16.parts.kv_cache_monitor.feed import EngineFeed, Sample
+from ch16.parts.kv_cache_monitor.feed import EngineFeed, CacheSample
 from ch16.parts.kv_cache_monitor.sizes import CacheSizes
 from common.cli import CannotRun
 from common.load import random_prompts, send_wave
@@ -39,7 +39,7 @@ def run_workloads(feed: EngineFeed, sizes: CacheSizes, vocab_size: int, seed: in
     rows = []
     for name, waves in tqdm(workloads(sizes, vocab_size, seed).items(), desc="workloads", leave=False, disable=None):
         before, first, steps, checked = feed.monitor.stats, len(feed.samples), feed.steps, feed.checked_steps
-        started = feed.samples[-1] if feed.samples else Sample(0.0, 0, 0, 0, 0, 0, 0, 0)
+        started = feed.samples[-1] if feed.samples else CacheSample(0.0, 0, 0, 0, 0, 0, 0, 0)
         begun = time.perf_counter()
         for prompts, tokens_out in waves:
             feed.run(prompts, tokens_out)

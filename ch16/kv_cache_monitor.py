@@ -38,7 +38,7 @@ from ch16.parts.kv_cache_monitor.arithmetic import kv_shape
 from ch16.parts.kv_cache_monitor.claims import claims
 from ch16.parts.kv_cache_monitor.events import EventStream
 from ch16.parts.kv_cache_monitor.export import StatsCollector
-from ch16.parts.kv_cache_monitor.feed import EngineFeed, CacheSample
+from ch16.parts.kv_cache_monitor.feed import CacheSample, EngineFeed
 from ch16.parts.kv_cache_monitor.picture import plot
 from ch16.parts.kv_cache_monitor.sizes import CacheSizes, sizes_for
 from ch16.parts.kv_cache_monitor.watch import watch

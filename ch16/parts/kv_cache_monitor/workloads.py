@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from ch16.parts.kv_cache_monitor.feed import EngineFeed, CacheSample
+from ch16.parts.kv_cache_monitor.feed import CacheSample, EngineFeed
 from ch16.parts.kv_cache_monitor.sizes import CacheSizes
 from common.cli import CannotRun
 from common.load import random_prompts, send_wave

@@ -27,7 +27,7 @@ LOAD_COLUMNS = (
 
 def differences(settings: Mapping[str, object], chapter: Mapping[str, object]) -> str:
     """The exceptions of this machine, for the head of the output."""
-    names = [*chapter, *(settings.keys() - chapter.keys() - {"model"})]
+    names = [name for name in {**chapter, **settings} if name != "model"]
     changed = [f"{name}={settings.get(name)!r}" for name in names if settings.get(name) != chapter.get(name)]
     text = f"engine:  the chapter's settings{', except ' if changed else ''}{', '.join(changed)}"
     return textwrap.fill(text, WIDTH, subsequent_indent=" " * 9)

@@ -103,7 +103,9 @@ def measure(
     results.table("series", "/metrics after the load, without buckets", tables.series_rows(last), tables.SERIES_COLUMNS)
     tables.explain(EXPLAINED)
     buckets = tables.gained_buckets(first, last)
-    results.table("buckets", "Latency by bucket", tables.bucket_rows(buckets), tables.BUCKET_COLUMNS)
+    results.table(
+        "buckets", "Latency by bucket, without empty ones", tables.bucket_rows(buckets), tables.BUCKET_COLUMNS
+    )
     quantiles = tables.quantile_rows(buckets, answers)
     results.table("quantiles", "histogram_quantile and the clients' own latencies", quantiles, tables.QUANTILE_COLUMNS)
     agreement = tables.agreement_rows(scraper.scrapes, answers)

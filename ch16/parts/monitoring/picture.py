@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ch16.parts.monitoring.client import Reply, Scrape, most_at_once
+from ch16.parts.monitoring.client import Reply, Scrape
 from ch16.parts.monitoring.tables import filled_buckets, gained_buckets, quantile_rows
 from common.plots import COLOURS, draw, legend_below, save_plot
 from common.results import Report
@@ -25,13 +25,15 @@ def plot(path: str, answers: Sequence[Reply], scrapes: Sequence[Scrape], results
     ):
         at = np.interp([median[key], last[key]], bounds, places)  # linear within a bucket
         left.vlines(at, 0, 1.04 * max(counts), color=COLOURS[meaning], label=label)
-    for row in (median, last):
+    for row, side in ((median, "right"), (last, "left")):
         at = np.interp((row["from_buckets_s"] + row["clients_s"]) / 2, bounds, places)
-        left.text(at, 1.07 * max(counts), row["quantile"], ha="center")
+        left.text(at, 1.07 * max(counts), row["quantile"], ha=side)
     left.set(
         title="inference_latency_seconds", xlabel="latency, s (bounds of the buckets)", ylabel="requests per bucket"
     )
     left.set(ylim=(0, 1.2 * max(counts)))
+    failed = max(reply.latency_s for reply in answers if reply.error)
+    left.text(int(np.interp(failed, bounds, places)) + 0.5, 1.1, "failed", ha="center")
     left.set_xticks(places[::2], [f"{bound:g}" for bound in bounds[::2]])
     legend_below(left, 2)
 
@@ -44,8 +46,6 @@ def plot(path: str, answers: Sequence[Reply], scrapes: Sequence[Scrape], results
     right.plot(at, seen, ".", color=COLOURS["variant"], markersize=11, label="scraped from /metrics")
     right.set(title="inference_active_requests", xlabel="time, s", ylabel="requests in flight", ylim=(0, None))
     legend_below(right, 2)
-    message = (
-        f"P99 of latency: {last['from_buckets_s']:.2f} s from buckets, {last['clients_s']:.2f} s by clients' clocks; "
-    )
-    message += f"scrapes saw {max(seen):.0f} active requests of {most_at_once(answers)} at most"
+    buckets_s, clients_s = last["from_buckets_s"], last["clients_s"]
+    message = f"P99 latency: {buckets_s:.2f} s from the buckets, {clients_s:.2f} s by the clients' clocks"
     save_plot(figure, path, message, str(results.settings["model"]), results.machine)

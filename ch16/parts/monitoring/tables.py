@@ -85,11 +85,12 @@ def bucket_name(low: float, high: float) -> str:
 
 
 def bucket_rows(buckets: Sequence[tuple[float, float]]) -> list[dict]:
-    """Rows of BUCKET_COLUMNS."""
+    """Rows of BUCKET_COLUMNS: the buckets with requests."""
     cumulative = dict(buckets)
     return [
         {"bucket": bucket_name(low, high), "requests": count, "cumulative": cumulative[high]}
         for low, high, count in filled_buckets(buckets)
+        if count
     ]
 
 

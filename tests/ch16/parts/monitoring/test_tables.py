@@ -23,11 +23,11 @@ def test_buckets_between_two_scrapes():
     assert gained_buckets(scrape(1, 1, 1, 1, 3), scrape(1, 3, 3, 7, 9)) == BUCKETS
 
 
-def test_buckets_are_shown_from_the_first_to_the_last_with_a_request():
+def test_buckets_from_the_first_to_the_last_with_a_request():
     assert list(filled_buckets(BUCKETS)) == [(0.1, 0.5, 2), (0.5, 1.0, 0), (1.0, 2.0, 4)]
     rows = bucket_rows([*BUCKETS[:-1], (math.inf, 7)])
-    assert [row["bucket"] for row in rows] == ["0.1 to 0.5", "0.5 to 1", "1 to 2", "above 2"]
-    assert [row["cumulative"] for row in rows] == [2, 2, 6, 7]
+    assert [row["bucket"] for row in rows] == ["0.1 to 0.5", "1 to 2", "above 2"]
+    assert [row["cumulative"] for row in rows] == [2, 6, 7]
 
 
 def test_quantiles_are_linear_within_their_bucket():

@@ -15,15 +15,15 @@ def plot(path: str, tables: Mapping[str, Sequence[dict]], model: str, machine: M
     """`tables`: rows of the script's tables, by their names in the JSON."""
     figure, (left, right) = draw(2)
     _scaling(left, tables["scaling"])
-    message = f"FP8 weights take {max(row['weight_ratio'] for row in tables['memory']):.2f} of the bytes; "
+    message = f"FP8 weights: {max(row['weight_ratio'] for row in tables['memory']):.2f} of the bytes; "
     if gemms := [row for row in tables.get("gemm", ()) if row["layer"] == "mlp_fc1"]:
         _products(right, gemms, [row["recipe"] for row in tables["memory"]])
         message += f"products run up to {max(row['speedup'] for row in gemms):.2f}x as fast"
     else:
         *trials, best = tables["accuracy"][1:]
         _perplexity(right, trials)
-        change = f"{100 * (best['perplexity_ratio'] - 1):+.1f}%"
-        message += f"perplexity changes by {change} ({best['recipe']})"
+        change = 100 * (best["perplexity_ratio"] - 1)
+        message += f"perplexity {'rises' if change > 0 else 'falls'} by {abs(change):.1f}% ({best['recipe']})"
     save_plot(figure, path, message, model, machine)
 
 

@@ -20,8 +20,8 @@ def plot(path: str, tables: Mapping[str, Sequence[dict]], model: str, machine: M
         _products(right, gemms, [row["recipe"] for row in tables["memory"]])
         message += f"products run up to {max(row['speedup'] for row in gemms):.2f}x as fast"
     else:
-        *trials, best = tables["accuracy"][1:]
-        _perplexity(right, trials)
+        readings, best = tables["accuracy"][1:], tables["accuracy"][-1]
+        _perplexity(right, [row for row in readings if row["tokens"] == readings[0]["tokens"]])
         change = 100 * (best["perplexity_ratio"] - 1)
         message += f"perplexity {'rises' if change > 0 else 'falls'} by {abs(change):.1f}% ({best['recipe']})"
     save_plot(figure, path, message, model, machine)

@@ -203,7 +203,7 @@ def measure(
         replicas = stack.enter_context(running(commands, logs, in_turn=machine.device == "cuda" and model is not None))
         addresses = [replica.address for replica in replicas]
         flags = ("--servers", ",".join(addresses), "--policy", args.policy, "--idle-timeout", str(plan.idle_s))
-        gateway = stack.enter_context(ServerProcess([sys.executable, __file__, *flags], logs))
+        gateway = stack.enter_context(ServerProcess([sys.executable, str(Path(__file__).resolve()), *flags], logs))
         print(f"{REPLICAS} replicas and the gateway are ready", flush=True)
 
         chapters = LoadBalancer(addresses)  # in the client, without checks or retries

@@ -177,7 +177,9 @@ def test_bad_input_is_one_line(flags, status, message, monkeypatch, capsys):
     assert status == 2 or (error.startswith("error: ") and error.count("\n") == 1)
 
 
-@pytest.mark.parametrize(("flags", "routed"), [([], "64 gated experts, top-8"), (["--preset", "small-moe"], "small-moe")])
+@pytest.mark.parametrize(
+    ("flags", "routed"), [([], "64 gated experts, top-8"), (["--preset", "small-moe"], "small-moe")]
+)
 def test_routing_is_measured_on_the_layer_that_was_asked_for(flags, routed, tmp_path, monkeypatch, capsys):
     """And a plan that needs too much memory takes nothing from what was measured before."""
 

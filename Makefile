@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve report test test-quick check-docs lint format bench-serving bench-moe bench-gateway \
-	bench-load bench-monitoring record tables lock clean
+	bench-load bench-monitoring bench-scheduler bench-cache-monitor bench-fleet record tables lock clean
 
 PY := .venv/bin/python
 export GPU TE PYTHON
@@ -54,6 +54,15 @@ bench-load: install ## the load test's figures against those of `vllm bench serv
 
 bench-monitoring: install ## the server watched and unwatched, same load, ratios
 	@$(PY) tests/bench/monitoring.py $(ARGS)
+
+bench-scheduler: install ## InferenceScheduler against queue.PriorityQueue, ratios
+	@$(PY) tests/bench/scheduler.py $(ARGS)
+
+bench-cache-monitor: install ## CacheMonitor against the chapter's plain dictionary, ratios
+	@$(PY) tests/bench/cache_monitor.py $(ARGS)
+
+bench-fleet: install ## how many requests the simulation of a fleet serves per second
+	@$(PY) tests/bench/fleet.py $(ARGS)
 
 SCRIPTS := $(filter-out report,$(basename $(notdir $(wildcard ch16/*.py))))
 INTO ?= results/cpu

@@ -42,7 +42,7 @@ from common.engine import exceptions, prepare_environment, quiet, starting_engin
 from common.gpu import DTYPE_NAMES, Machine, UtilizationSampler, detect
 from common.load import random_prompts, send_wave, summarise
 from common.models import Model
-from common.results import Report
+from common.results import Report, wrapped
 
 if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment that prepare_environment sets
     from vllm import LLM
@@ -235,7 +235,7 @@ def demo(args: argparse.Namespace, model: Model, machine: Machine) -> int:
     results.print_card()
     print(f"model:   {model.name}{' (random weights: speed only)' if model.dummy else ''}")
     if model.note:
-        print(f"         {model.note}")
+        print(wrapped(f"         {model.note}", " " * 9))
     print(differences(engines[-1], CHAPTER))
     rows, bests = measure(results, engines, model, machine, sizes)
     report(results, args, rows, bests, model)

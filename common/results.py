@@ -147,7 +147,7 @@ def _two_lines(title: str, width: int) -> tuple[str, str]:
     return min(breaks, key=lambda lines: max(width, *map(len, lines)))
 
 
-def _wrapped(text: str, indent: str = "") -> str:
+def wrapped(text: str, indent: str = "") -> str:
     """Text in lines of the terminal's width, 100 columns at most, those after the first indented."""
     columns = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
     return textwrap.fill(
@@ -175,7 +175,7 @@ class Report:
         """Print a table under its title, and keep it for the JSON under `name`."""
         self.keep(name, title, rows, columns)
         table = textwrap.indent(format_table(rows, columns, wide=self.wide), "  ")
-        print(f"\n{_wrapped(title)}\n{table}", flush=True)
+        print(f"\n{wrapped(title)}\n{table}", flush=True)
 
     def keep(self, name: str, title: str, rows: Sequence[Mapping[str, object]], columns: Sequence[Column]) -> None:
         """Keep a table for the JSON under `name`, without printing it."""
@@ -186,10 +186,10 @@ class Report:
         self.verdicts.extend(verdicts)
         print("\nClaims of the chapter")
         for v in verdicts:
-            print(_wrapped(f"  {v.claim}  {v.verdict:<5}  {v.text}", INDENT))
-            print(_wrapped(f"{INDENT}measured: {v.measured}", INDENT))
+            print(wrapped(f"  {v.claim}  {v.verdict:<5}  {v.text}", INDENT))
+            print(wrapped(f"{INDENT}measured: {v.measured}", INDENT))
             if v.reason:
-                print(_wrapped(f"{INDENT}n/a because {v.reason}", INDENT))
+                print(wrapped(f"{INDENT}n/a because {v.reason}", INDENT))
 
     def save(self, path: str | None) -> None:
         """Write the JSON, if a path is given. The file is replaced as a whole or not at all."""

@@ -130,7 +130,7 @@ class EngineFeed:
         self.checked_steps = self.steps = 0
         self._started = time.perf_counter()
         self._first = self.metrics()
-        self._verified, self._waited = self._lookups(), False  # at the last verify; whether a request waited since
+        self._verified = self._lookups()  # at the last call of verify
 
     def metrics(self) -> dict[str, float]:
         """The engine's gauges and counters, by name without its prefix."""
@@ -190,7 +190,6 @@ class EngineFeed:
 
     def _after_step(self, all_shown: bool) -> None:
         self.steps += 1
-        self._waited |= not all_shown
         self._follow_events()
         now, stats = self.metrics(), self.monitor.stats
         used = round(now["kv_cache_usage_perc"] * self.total_blocks)
@@ -229,28 +228,18 @@ class EngineFeed:
         if blocks is not None and blocks != len(self.cached):
             raise CannotRun(f"cached blocks: {len(self.cached):,} by the monitor, {blocks:,} by the engine")
 
-    def verify(self) -> bool:
-        """Compare everything since the last call; returns whether hits could be compared.
-
-        Older versions of vLLM look up a waiting request again in every step and count each time. Where requests waited,
-        those counts are larger and cannot be compared.
+    def verify(self) -> None:
+        """Compare everything since the last call.
 
         Raises:
             CannotRun: something differs, or events are missing.
         """
         self.verify_events()
-        before, waited = self._verified, self._waited
-        self._verified, self._waited = self._lookups(), False
-        pairs = {
-            what: tuple(after - earlier for after, earlier in zip(self._verified[what], before[what], strict=True))
-            for what in before
-        }
-        if waited and pairs["queries"][1] > pairs["queries"][0]:
-            return False
-        for what, (monitor, engine) in pairs.items():
+        before, self._verified = self._verified, self._lookups()
+        for what, counts in self._verified.items():
+            monitor, engine = (after - earlier for after, earlier in zip(counts, before[what], strict=True))
             if monitor != engine:
                 raise CannotRun(f"prefix cache {what}: {monitor:,} by the monitor, {engine:,.0f} by the engine")
-        return True
 
 
 def engines_cached_blocks(llm: "LLM") -> int | None:

@@ -22,7 +22,6 @@ WORKLOAD_COLUMNS = (
     Column("evictions", "evictions", "d"),
     Column("preemptions", "preemptions", "d"),
     Column("peak_running", "peak running", "d", detail=True),
-    Column("hits_checked", "hits compared", detail=True),
     Column("checked", "steps compared", "d"),
     Column("steps", "steps", "d"),
 )

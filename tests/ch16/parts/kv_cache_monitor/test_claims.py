@@ -2,7 +2,7 @@ import pytest
 
 from ch16.parts.kv_cache_monitor.claims import claims
 
-CHECKED = [{"evictions": 5, "preemptions": 2, "checked": 10, "steps": 12, "hits_checked": "yes"}]
+CHECKED = [{"evictions": 5, "preemptions": 2, "checked": 10, "steps": 12}]
 FITS = [{"fit": 1}, {"fit": 39}]
 
 

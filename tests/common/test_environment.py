@@ -5,14 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import venv
-from pathlib import Path
 
+import psutil
 import pytest
 
 from common.environment import PACKAGES, ROOT, VENV
-from common.server import free_port
+from common.server import ServerProcess
 
 BARE = sys._base_executable
 HAS_STACK = subprocess.run([BARE, "-c", "import torch, vllm"], capture_output=True, check=False).returncode == 0
@@ -50,17 +49,14 @@ def test_a_module_goes_on_as_well():
     assert done.stderr == f"running in {VENV}\n"
 
 
-def test_it_stays_one_process_which_gets_the_signals():
-    with subprocess.Popen(
-        [BARE, ROOT / "common" / "standin.py", "--port", str(free_port())], stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stderr.readline() == f"running in {VENV}\n"
-        command = Path(f"/proc/{process.pid}/cmdline")
-        while BARE.encode() in command.read_bytes():
-            time.sleep(0.05)
-        assert b"standin.py" in command.read_bytes()
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+def test_it_stays_one_process_which_gets_the_signals(tmp_path):
+    """Its first line and the server's answers come from the process that was started, and so does its end."""
+    server = ServerProcess([BARE, str(ROOT / "common" / "standin.py")], tmp_path)
+    with server:
+        assert server.tail().splitlines()[0] == f"running in {VENV}"
+        started = server.process.pid
+        assert psutil.Process(started).children() == [] and "standin.py" in " ".join(psutil.Process(started).cmdline())
+        assert server.stop(signal.SIGKILL) == -signal.SIGKILL
 
 
 def test_an_environment_that_has_the_packages_is_used_as_it_is():

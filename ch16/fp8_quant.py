@@ -32,14 +32,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from ch16.parts.fp8_quant import accuracy, formats, layers
-from ch16.parts.fp8_quant.claims import Fp8Targets, claims
-from ch16.parts.fp8_quant.emulated import fast_bf16
-from ch16.parts.fp8_quant.gemm import gemm_columns, measure_gemms
+from ch16.parts.fp8_quant import accuracy, formats, layers, tables
+from ch16.parts.fp8_quant.blocks import measure_gemms, measure_stack
 from ch16.parts.fp8_quant.picture import plot
-from ch16.parts.fp8_quant.precision import Precision, fastest_attention, padded_rows, transformer_engine
+from ch16.parts.fp8_quant.precision import Precision, fast_bf16, fastest_attention, padded_rows, transformer_engine
 from ch16.parts.fp8_quant.sizes import Fp8Sizes, check_memory, parser_of, sizes_from
-from ch16.parts.fp8_quant.stack import MEMORY_COLUMNS, STACK_COLUMNS, measure_stack
 from common import cli, models
 from common.gpu import Machine, detect
 from common.models import Model
@@ -48,12 +45,8 @@ from common.text import load_model, read_text
 
 # ---- configuration ----
 
-TARGETS = Fp8Targets(
-    weight_ratio=0.52,  # half, and the scales
-    speedup=2.0,
-    perplexity_ratio=1.01,
-    top1_lost_percent=1.0,
-)
+# FP8 / BF16: half of the weights' bytes, and the scales; twice the speed; less than 1% lost.
+TARGETS = {"weight_ratio": 0.52, "speedup": 2.0, "perplexity_ratio": 1.01, "top1_lost_percent": 1.0}
 
 # ---- mechanism ----
 
@@ -174,19 +167,17 @@ def measure_blocks(results: Report, chosen: Sequence[Precision], sizes: Fp8Sizes
     if machine.native_fp8 and fast:
         gemms = measure_gemms(fast, machine, sizes)
         title = f"Matrix products, weights quantized once, as CUDA graphs (and {fast[0].name} launched eagerly)"
-        results.table("gemm", title, gemms, gemm_columns(fast))
+        results.table("gemm", title, gemms, tables.gemm_columns(fast))
     memory, speed = [], []
     for precision in tqdm(fast or chosen, desc="blocks", leave=False, disable=None):
         held, rates = measure_stack(build, precision, machine, sizes, seed)
         memory.append(held)
         speed += rates
     shape = f"{sizes.layers} blocks of width {sizes.hidden}"
-    results.table("memory", f"Weights of {shape}, {sizes.prefill:,} tokens", memory, MEMORY_COLUMNS)
+    results.table("memory", f"Weights of {shape}, {sizes.prefill:,} tokens", memory, tables.MEMORY_COLUMNS)
     if speed:
-        title = (
-            f"Speed of {shape}, prefill in sequences of {sizes.sequence}, decode at {sizes.context} tokens of context"
-        )
-        results.table("stack", title, speed, STACK_COLUMNS)
+        phases = f"prefill in sequences of {sizes.sequence}, decode at {sizes.context} tokens of context"
+        results.table("stack", f"Speed of {shape}, {phases}", speed, tables.STACK_COLUMNS)
 
 
 def measure(
@@ -196,20 +187,20 @@ def measure(
     settings = results.settings
     torch.manual_seed(settings["seed"])
     rows = [formats.format_row(name) for name in formats.FORMATS]
-    results.table("formats", "Number formats", rows, formats.FORMAT_COLUMNS)
+    results.table("formats", "Number formats", rows, tables.FORMAT_COLUMNS)
 
     network, tokenizer = load_model(model, machine.device)
     windows = accuracy.windows_of(text, tokenizer, sizes.window, sizes.eval_tokens)
     layer, inputs = accuracy.hardest_input(network, list(accuracy.linears(network)), windows[0])
     errors = formats.scaling_errors(network.get_submodule(layer).weight, inputs)
     title = f"Quantizing {layer} of {model.name}, the layer with the largest outliers"
-    results.table("scaling", title, errors, formats.ERROR_COLUMNS)
+    results.table("scaling", title, errors, tables.ERROR_COLUMNS)
 
     measure_blocks(results, chosen, sizes, machine, settings["seed"])
 
     readings = accuracy.measure_accuracy(network, windows, chosen, sizes)
     title = f"{model.name} reading {settings['text']}, windows of {sizes.window} tokens"
-    results.table("accuracy", title, readings, accuracy.ACCURACY_COLUMNS)
+    results.table("accuracy", title, readings, tables.ACCURACY_COLUMNS)
 
 
 # ---- main ----
@@ -217,11 +208,11 @@ def measure(
 
 def report(results: Report, model: Model, machine: Machine, args: argparse.Namespace) -> None:
     """Print the claims; write JSON and picture."""
-    tables = {name: table["rows"] for name, table in results.tables.items()}
-    results.claims(claims(tables["memory"], tables.get("stack", []), tables["accuracy"], TARGETS))
+    rows = {name: table["rows"] for name, table in results.tables.items()}
+    results.claims(tables.claims(rows["memory"], rows.get("stack", []), rows["accuracy"], TARGETS))
     results.save(args.json)
     if args.plot:
-        plot(args.plot, tables, model.name, machine)
+        plot(args.plot, rows, model.name, machine)
 
 
 def main() -> int:

@@ -36,7 +36,7 @@ from ch16.parts.inference_serving.bodies import TEMPERATURE, TOP_P
 from ch16.parts.inference_serving.flags import ServingSizes, sizes_for
 from ch16.parts.inference_serving.picture import plot
 from ch16.parts.inference_serving.process import serve_engine
-from ch16.parts.inference_serving.tables import BEST, LOAD_COLUMNS, NONE_GOOD, claims, differences
+from ch16.parts.inference_serving.tables import LOAD_COLUMNS, claims, differences
 from common import cli, models, targets
 from common.engine import exceptions, prepare_environment, quiet, starting_engine, stop_engine
 from common.gpu import DTYPE_NAMES, Machine, UtilizationSampler, detect
@@ -45,7 +45,7 @@ from common.models import Model
 from common.results import Report, wrapped
 
 if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment that prepare_environment sets
-    from vllm import LLM
+    from vllm import LLM, RequestOutput
 
 # ---- configuration ----
 
@@ -61,11 +61,7 @@ CHAPTER = {
     "quantization": "fp8",  # FP8 for 2x throughput
     "kv_cache_dtype": "fp8",  # not in the chapter: twice as many tokens fit into the KV cache
 }
-PROMPTS = [
-    "def quicksort(arr):",
-    "# Binary search implementation\ndef binary_search",
-    "class TreeNode:",
-]
+PROMPTS = ["def quicksort(arr):", "# Binary search implementation\ndef binary_search", "class TreeNode:"]
 
 # ---- mechanism ----
 
@@ -87,6 +83,11 @@ def start(settings: dict[str, object]) -> tuple["LLM", float]:
     return llm, clock()
 
 
+def token_count(outputs: Sequence["RequestOutput"]) -> int:
+    """All tokens of these outputs."""
+    return sum(len(output.outputs[0].token_ids) for output in outputs)
+
+
 def complete(llm: "LLM", max_tokens: int, seed: int) -> None:
     """Print each of the chapter's prompts with its completion."""
     from vllm import SamplingParams
@@ -97,8 +98,7 @@ def complete(llm: "LLM", max_tokens: int, seed: int) -> None:
     seconds = time.perf_counter() - started
     for output in outputs:
         print(f"\nPrompt: {output.prompt}\nGenerated: {output.outputs[0].text}")
-    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-    print(f"\n{len(PROMPTS)} completions, {tokens} tokens in {seconds:.1f} s", flush=True)
+    print(f"\n{len(PROMPTS)} completions, {token_count(outputs)} tokens in {seconds:.1f} s", flush=True)
 
 
 def meets_targets(row: dict[str, float]) -> bool:
@@ -106,19 +106,11 @@ def meets_targets(row: dict[str, float]) -> bool:
     return row["tpot_p50_ms"] < targets.TPOT_P50_MS and row["tpot_p99_ms"] < targets.TPOT_P99_MS
 
 
-def search_concurrency(
-    wave: Callable[[int], dict[str, float]], first: int, limit: int, bisections: int = 2
-) -> list[dict[str, float]]:
+def search_concurrency(wave: Callable[[int], dict], first: int, limit: int, bisections: int = 2) -> list[dict]:
     """Double the concurrency until the targets break or the limit is reached, then bisect the last gap.
 
-    Args:
-        wave: measures one concurrency.
-        first: where to begin.
-        limit: beyond it requests would only queue (KV cache or batch slots are full).
-        bisections: waves spent between the last good and the first bad concurrency.
-
-    Returns:
-        All measured rows, by concurrency.
+    `wave` measures one concurrency. Beyond `limit` requests would only queue: KV cache or batch slots are full.
+    Returns all measured rows, by concurrency.
     """
     rows, good, bad = [], 0, None
     level = min(first, limit)
@@ -138,14 +130,6 @@ def search_concurrency(
         else:
             bad = level
     return sorted(rows, key=lambda row: row["concurrency"])
-
-
-def best_row(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The highest throughput among the waves that meet the targets; if none does, the lowest TPOT P99."""
-    good = [row for row in rows if meets_targets(row)]
-    if good:
-        return max(good, key=lambda row: row["tokens_per_s"])
-    return min(rows, key=lambda row: row["tpot_p99_ms"])
 
 
 # ---- measurement ----
@@ -174,19 +158,12 @@ def measure_waves(llm: "LLM", model: Model, machine: Machine, sizes: ServingSize
         total = concurrency * sizes.tokens_out
         progress = tqdm(total=total, unit="tok", desc=f"{concurrency} at once", leave=False, disable=None)
         with progress, UtilizationSampler(machine, ranks) as gpu:
-            sent, arrived = send_wave(
-                llm,
-                prompts,
-                sizes.tokens_out,
-                lambda outputs: progress.update(sum(len(output.outputs[0].token_ids) for output in outputs)),
-            )
+            sent, arrived = send_wave(llm, prompts, sizes.tokens_out, lambda new: progress.update(token_count(new)))
         return summarise(sent, arrived, ranks) | {"utilization": gpu.mean}
 
     send_wave(llm, random_prompts(sizes.first_wave, sizes.tokens_in, model.vocab_size, seed), 8)  # warm up
     rows = search_concurrency(wave, sizes.first_wave, capacity(llm, sizes.tokens_in + sizes.tokens_out))
-    best = best_row(rows)
-    mark = BEST if meets_targets(best) else NONE_GOOD
-    return [row | {"best": mark if row is best else ""} for row in rows]
+    return targets.marked(rows, meets_targets, "<- misses the targets")
 
 
 def measure(
@@ -203,7 +180,7 @@ def measure(
         waves = measure_waves(llm, model, machine, sizes, seed)
         waves = [row | {"precision": name, "engine_start_s": seconds} for row in waves]
         rows += waves
-        bests.append(best_row(waves))
+        bests.append(targets.best_row(waves, meets_targets))
         stop_engine(llm)
     title = f"Waves of random prompts, {sizes.tokens_in} tokens in and {sizes.tokens_out} out, {model.name}"
     results.table("load", title, rows, LOAD_COLUMNS)

@@ -26,23 +26,29 @@ import contextlib
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ch16.parts.kv_cache_monitor import tables
 from ch16.parts.kv_cache_monitor.arithmetic import kv_shape
-from ch16.parts.kv_cache_monitor.claims import claims
 from ch16.parts.kv_cache_monitor.events import EventStream
-from ch16.parts.kv_cache_monitor.export import StatsCollector
 from ch16.parts.kv_cache_monitor.feed import CacheSample, EngineFeed
 from ch16.parts.kv_cache_monitor.picture import plot
-from ch16.parts.kv_cache_monitor.sizes import CacheSizes, sizes_for
 from ch16.parts.kv_cache_monitor.watch import watch
-from ch16.parts.kv_cache_monitor.workloads import compare, first_token_ms, fits_rows, run_workloads, throughput
+from ch16.parts.kv_cache_monitor.workloads import (
+    CacheSizes,
+    compare,
+    first_token_ms,
+    fits_rows,
+    run_workloads,
+    sizes_for,
+    throughput,
+)
 from common import cli, models
 from common.cli import CannotRun, first_line
 from common.engine import engine_args, prepare_environment, quiet, start_engine, stop_engine
@@ -62,6 +68,13 @@ ENGINE = {
     "disable_log_stats": False,
 }
 SHARE_OF_GPU = 0.28  # for each of three engines
+COUNTERS = {  # Prometheus metrics of what only grows
+    "total_allocated": ("kv_cache_allocated_bytes", "Bytes ever allocated"),
+    "total_freed": ("kv_cache_freed_bytes", "Bytes ever freed"),
+    "cache_hits": ("kv_cache_hits", "Found in the cache"),
+    "cache_misses": ("kv_cache_misses", "Not found in the cache"),
+    "evictions": ("kv_cache_evictions", "Blocks that lost their content"),
+}
 
 # ---- mechanism ----
 
@@ -92,11 +105,7 @@ class CacheMonitor:
             return dict(self._stats)
 
     def record_allocation(self, size: int, block: Hashable = None) -> None:
-        """`size` bytes are in use from now on; with an id, as that block.
-
-        Raises:
-            ValueError: a negative size, or a block that is in use already.
-        """
+        """`size` bytes are in use from now on; with an id, as that block. ValueError: negative, or in use already."""
         if size < 0:
             raise ValueError(f"an allocation of {size} bytes")
         with self._lock:
@@ -112,9 +121,7 @@ class CacheMonitor:
     def record_free(self, size: int | None = None, block: Hashable = None) -> None:
         """`size` bytes without a name, or a block by its id, are no longer in use.
 
-        Raises:
-            ValueError: more than is in use, a negative size, a block that is unknown or was freed already, a size that
-                is not the block's, or neither size nor block.
+        ValueError: more than is in use, a negative size, an unknown block, another size than the block's, or neither.
         """
         with self._lock:
             # The chapter's usage goes below zero when memory is freed twice; ours refuses.
@@ -168,12 +175,15 @@ class CacheMonitor:
         print(f"  Evictions: {stats['evictions']}", flush=True)
 
     def export(self, registry: CollectorRegistry = REGISTRY) -> None:
-        """Add the statistics to a Prometheus registry, which reads them at each scrape.
+        """Add the statistics to a Prometheus registry; a ValueError says that it has such metrics already."""
+        registry.register(self)
 
-        Raises:
-            ValueError: the registry has such metrics already.
-        """
-        registry.register(StatsCollector(lambda: self.stats))
+    def collect(self) -> Iterator[Metric]:
+        """What the registry reads at each scrape."""
+        stats = self.stats
+        for key, (name, text) in COUNTERS.items():
+            yield CounterMetricFamily(name, text, value=stats[key])
+        yield GaugeMetricFamily("kv_cache_usage_bytes", "Bytes in use", value=stats["current_usage"])
 
 
 # ---- measurement ----
@@ -181,24 +191,14 @@ class CacheMonitor:
 
 def engine_settings(model: Model, machine: Machine, sizes: CacheSizes, seed: int) -> dict[str, object]:
     """Arguments for `vllm.LLM`: an engine with a small cache that shows its figures step by step."""
-    settings = engine_args(
-        model,
-        machine,
-        quantization="auto" if machine.native_fp8 else "none",
-        tensor_parallel=1,
-        max_model_len=sizes.max_len,
-        max_num_seqs=min(sizes.blocks, 1024),
-    )
+    running = min(sizes.blocks, 1024)
+    settings = engine_args(model, machine, tensor_parallel=1, max_model_len=sizes.max_len, max_num_seqs=running)
     settings |= ENGINE | {"block_size": sizes.block_size, "num_gpu_blocks_override": sizes.blocks, "seed": seed}
     return settings | ({"gpu_memory_utilization": SHARE_OF_GPU} if machine.device == "cuda" else {})
 
 
 def monitored_engine(settings: dict[str, object], folder: str) -> tuple["LLM", EventStream, float]:
-    """An engine that publishes its cache events, a subscription to them, and the seconds both took.
-
-    Raises:
-        CannotRun: the engine does not start, or its vLLM has no cache events.
-    """
+    """An engine that publishes its cache events, a subscription to them, and the seconds both took."""
     started = time.perf_counter()
     endpoint, replay = f"ipc://{folder}/events", f"ipc://{folder}/replay"
     try:
@@ -214,11 +214,7 @@ def monitored_engine(settings: dict[str, object], folder: str) -> tuple["LLM", E
 def measure(
     settings: dict[str, object], model: Model, sizes: CacheSizes, block_bytes: int, seed: int, results: Report
 ) -> tuple[dict[str, Sequence[dict]], Sequence[CacheSample]]:
-    """Three engines: monitored, plain, and without prefix caching. Each table as soon as it exists.
-
-    Returns:
-        The arguments of `claims`, and the cache after each step of the workloads.
-    """
+    """Three engines: monitored, plain, without prefix caching. Returns rows for `claims`, the cache at each step."""
     results.table("bytes", "KV cache per token", tables.bytes_rows(model), tables.BYTES_COLUMNS)
     monitor = CacheMonitor()
     with contextlib.ExitStack() as cleanup:
@@ -252,20 +248,16 @@ def compare_engines(
     feed: EngineFeed, plain: "LLM", without: "LLM", sizes: CacheSizes, vocab: int, seed: int
 ) -> tuple[dict, list[dict], dict]:
     """Rows of COMPARISON_COLUMNS: prefix caching without hits, with a shared prefix, and the monitor's own cost."""
-
-    def output(run: Callable) -> Callable[[int], float]:
-        return throughput(run, sizes, vocab, seed)
-
-    def first_token(engine: "LLM", requests: int) -> Callable[[int], float]:
-        return first_token_ms(engine, sizes, vocab, seed, requests)
-
+    output = partial(throughput, sizes=sizes, vocab_size=vocab, seed=seed)
+    first_token = partial(first_token_ms, sizes=sizes, vocab_size=vocab, seed=seed)
     drive_plain, drive_without = (output(partial(send_wave, engine)) for engine in (plain, without))
     limits = sizes.rounds, sizes.seconds
     no_hits = compare("prefix caching, no hits: output tok/s", drive_plain, drive_without, *limits)
     shared = []
     for requests in sorted({1, sizes.sharing}):
         what = f"prefix caching, common prefix, {requests} at once: TTFT ms"
-        row = compare(what, first_token(plain, requests), first_token(without, requests), sizes.rounds)
+        first_tokens = (first_token(engine, requests=requests) for engine in (plain, without))
+        row = compare(what, *first_tokens, sizes.rounds)
         shared.append(row | {"requests": requests})
     monitoring = compare("events and monitor: output tok/s", output(feed.follow_wave), drive_plain, *limits)
     return no_hits, shared, monitoring
@@ -278,7 +270,7 @@ def report(
     results: Report, found: dict, samples: Sequence[CacheSample], sizes: CacheSizes, args: argparse.Namespace
 ) -> None:
     """Print the claims, write the JSON and the picture."""
-    results.claims(claims(**found))
+    results.claims(tables.claims(**found))
     results.save(args.json)
     if args.plot:
         plot(args.plot, samples, sizes, results.settings["model"], results.machine)
@@ -289,9 +281,8 @@ def main() -> int:
     parser = cli.standard_parser(__doc__, model_help="auto, bundled, a folder, or a hub id")
     models.dummy_weights_flag(parser)
     parser.add_argument("--watch", metavar="URL", help="only show the KV cache of a running vLLM server")
-    parser.add_argument(
-        "--seconds", type=cli.positive_float, metavar="S", help="--watch: for how long; default: Ctrl-C"
-    )
+    seconds_help = "--watch: for how long; default: Ctrl-C"
+    parser.add_argument("--seconds", type=cli.positive_float, metavar="S", help=seconds_help)
     args = parser.parse_args()
     if args.watch and (args.json or args.plot):
         parser.error("--watch only shows what it sees; --json and --plot belong to the workloads")

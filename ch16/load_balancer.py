@@ -59,12 +59,8 @@ class LoadBalancer:
     - prefix: requests that begin alike go to the same server, which holds their KV cache, unless it has more than
       `SPARE` times its share (rendezvous hashing: each prefix ranks all servers; the bound: arXiv 1608.01350).
 
-    Servers that are not ready, or whose breaker is open, are left out.
-
-    Args:
-        servers: names, such as `host:port`; each once. `add` and `remove` change them.
-        policy: one of the three; the chapter's class has the first alone.
-        breaker: makes one for each server.
+    The chapter's class has the first alone. Servers that are not ready, or whose breaker is open, are left out.
+    `servers` are names, such as `host:port`; each once. `add` and `remove` change them.
     """
 
     def __init__(
@@ -83,14 +79,10 @@ class LoadBalancer:
         self._lock = threading.Lock()
 
     def get_server(self, prefix: str = "", exclude: Collection[str] = ()) -> str:
-        """The server that takes the next request, for callers that do not report when it ends.
-
-        Args:
-            prefix: what the request begins with (policy `prefix`).
-            exclude: servers that were tried already.
+        """The server that takes a request which begins with `prefix`, for callers that do not report when it ends.
 
         Raises:
-            NoServer: none can take it now.
+            NoServer: no server besides those in `exclude`, which were tried already, can take it now.
         """
         with self._lock:
             return self._choose(prefix, exclude)
@@ -111,11 +103,8 @@ class LoadBalancer:
 
     def _choose(self, prefix: str, exclude: Collection[str]) -> str:
         turn = self.servers[self._next :] + self.servers[: self._next]
-        able = [
-            name
-            for name in turn
-            if name not in exclude and self._states[name].ready and self._states[name].breaker.allows()
-        ]
+        ready = (name for name in turn if name not in exclude and self._states[name].ready)
+        able = [name for name in ready if self._states[name].breaker.allows()]
         if not able:
             raise NoServer("no server is ready")
         if self.policy == "least-in-flight":
@@ -166,12 +155,8 @@ class LoadBalancer:
         """Requests in flight, readiness and breaker of each server, for /metrics."""
         with self._lock:
             return {
-                name: {
-                    "in_flight": state.in_flight,
-                    "ready": state.ready,
-                    "breaker_open": state.breaker.state == "open",
-                }
-                for name, state in self._states.items()
+                name: {"in_flight": s.in_flight, "ready": s.ready, "breaker_open": s.breaker.state == "open"}
+                for name, s in self._states.items()
             }
 
 
@@ -183,11 +168,7 @@ def measure(
 ) -> tuple[dict[str, list[StreamedAnswer]], list[Fault]]:
     """Break each replica in turn while clients ask one server, round robin and the gateway; count what they saw.
 
-    Args:
-        model: None: stand-ins.
-
-    Returns:
-        The answers by configuration, and the faults.
+    Without a model the replicas are stand-ins. Returns the answers by configuration, and the faults.
     """
     import uvloop
 

@@ -30,18 +30,11 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from ch16.parts.load_test import flags
+from ch16.parts.load_test import flags, tables
 from ch16.parts.load_test.endpoint import described, serving
 from ch16.parts.load_test.flags import LoadSizes, sizes_for
 from ch16.parts.load_test.picture import plot
-from ch16.parts.load_test.tables import (
-    CAPACITY_COLUMNS,
-    LATENCY_COLUMNS,
-    RATE_COLUMNS,
-    SHAPE_COLUMNS,
-    capacity_row,
-    claim,
-)
+from ch16.parts.load_test.tables import capacity_row
 from common import cli
 from common.engine import prepare_environment, quiet
 from common.gpu import detect
@@ -58,18 +51,12 @@ SHAPES_AT = 0.8  # of the knee
 # ---- mechanism ----
 
 
-def find_knee(
-    run_at: Callable[[float], dict], rates: Sequence[float], refine: int, good_percent: float = GOOD_PERCENT
-) -> tuple[float, list[dict]]:
+def find_knee(run_at: Callable[[float], dict], rates: Sequence[float], refine: int) -> tuple[float, list[dict]]:
     """The highest rate at which enough requests meet the objective, as at every lower rate that was tried.
 
-    Args:
-        run_at: sends an open loop at a rate; its row has `good_percent`.
-        rates: tried from the lowest to the highest, until two in a row fail.
-        refine: halvings between the last good and the first bad rate.
-
-    Returns:
-        The rate (0.0 if none is good), and the rows by rate.
+    `run_at` sends an open loop at a rate; its row has `good_percent`. Rates are tried from the lowest on until two in a
+    row fail; then the gap between the last good and the first bad one is halved `refine` times. Returns the rate (0.0
+    if none is good), and the rows by rate.
     """
     rows: dict[float, dict] = {}
 
@@ -77,7 +64,7 @@ def find_knee(
         """The highest good rate below the first bad one, and that bad one (None: all are good)."""
         low = 0.0
         for rate in sorted(rows):
-            if rows[rate]["good_percent"] < good_percent:
+            if rows[rate]["good_percent"] < GOOD_PERCENT:
                 return low, rate
             low = rate
         return low, None
@@ -85,7 +72,7 @@ def find_knee(
     failed = 0
     for rate in sorted(rates):
         rows[rate] = run_at(rate)
-        failed = failed + 1 if rows[rate]["good_percent"] < good_percent else 0
+        failed = failed + 1 if rows[rate]["good_percent"] < GOOD_PERCENT else 0
         if failed == 2:
             break
     for _ in range(refine):
@@ -122,11 +109,6 @@ def shape_of(load: RequestLoad) -> str:
     return "Poisson" if load.burstiness == 1 else f"gamma {load.burstiness:g}"
 
 
-def objective_for(unloaded: dict, ttft_ms: float | None, tpot_ms: float | None) -> Objective:
-    """The limits the user asked for, else a multiple of the latencies of an unloaded server."""
-    return Objective(ttft_ms or TTFT_SLACK * unloaded["ttft_p50_ms"], tpot_ms or TPOT_SLACK * unloaded["tpot_p50_ms"])
-
-
 # ---- measurement ----
 
 
@@ -135,7 +117,8 @@ def search(
 ) -> tuple[list[dict], float, dict]:
     """One user, all requests at once, the rates between. Returns all rows, the knee, the row of all at once."""
     unloaded = tester.run("one user", at_once=1, requests=8)
-    tester.objective = objective_for(unloaded, args.slo_ttft_ms, args.slo_tpot_ms)
+    ttft_ms = args.slo_ttft_ms or TTFT_SLACK * unloaded["ttft_p50_ms"]
+    tester.objective = Objective(ttft_ms, args.slo_tpot_ms or TPOT_SLACK * unloaded["tpot_p50_ms"])
     full = tester.run("all at once", requests=max(tester.base.requests, at_once))
     capacity = full["steady_tokens_per_s"] / tester.base.tokens_out
     knee, rows = find_knee(tester.at, [fraction * capacity for fraction in sizes.fractions], sizes.refine)
@@ -160,8 +143,7 @@ def replay(
 ) -> tuple[list[dict], list[dict]]:
     """The trace all at once, then at the synthetic knee; if that is too much, the trace's own knee is searched below.
 
-    Returns:
-        Rows of loads, and rows of CAPACITY_COLUMNS.
+    Returns rows of loads, and rows of CAPACITY_COLUMNS.
     """
 
     def at(rate: float, name: str) -> dict:
@@ -171,15 +153,13 @@ def replay(
 
     flood = at(1e6, "trace, all at once")
     kept, rows = find_knee(lambda rate: at(rate, f"trace, {rate:.2f}/s"), [knee] if knee else [], refine)
-    full_tokens, trace_tokens = full["steady_tokens_per_s"], flood["steady_tokens_per_s"]
-    capacity = [
-        capacity_row("full server, output tok/s", full_tokens, trace_tokens),
-        capacity_row(
-            "full server, requests/s", full_tokens / tester.base.tokens_out, trace_tokens / mean_lengths(trace)[1]
-        ),
+    tokens, trace_tokens = full["steady_tokens_per_s"], flood["steady_tokens_per_s"]
+    answered, trace_answered = tokens / tester.base.tokens_out, trace_tokens / mean_lengths(trace)[1]
+    return [flood, *rows], [
+        capacity_row("full server, output tok/s", tokens, trace_tokens),
+        capacity_row("full server, requests/s", answered, trace_answered),
         capacity_row("knee, requests/s", knee, kept),
     ]
-    return [flood, *rows], capacity
 
 
 def given_loads(tester: LoadTester, args: argparse.Namespace) -> list[dict]:
@@ -193,9 +173,9 @@ def given_loads(tester: LoadTester, args: argparse.Namespace) -> list[dict]:
 def measure(
     results: Report, tester: LoadTester, trace: list[Arrival], sizes: LoadSizes, args: argparse.Namespace
 ) -> tuple[list[dict], float | None, list[dict]]:
-    """The knee, other shapes of load, the trace. Returns rows of rates, the knee, rows of capacity.
+    """The knee, other shapes of load, the trace (or only the loads that the user named, which have no knee).
 
-    With loads named by the user only those: no knee, no capacity.
+    Returns rows of rates, the knee, rows of capacity.
     """
     if args.rates or args.users:
         rows, knee, full = given_loads(tester, args), None, None
@@ -204,8 +184,8 @@ def measure(
     base, what = tester.base, described(tester.endpoint.model)
     lengths = f"{base.tokens_in} tokens in and {base.tokens_out} out, {what}"
     tester.progress.clear()
-    results.table("rates", f"Rates, {lengths}", rows, RATE_COLUMNS)
-    results.table("latencies", f"Latencies, {lengths}", rows, LATENCY_COLUMNS)
+    results.table("rates", f"Rates, {lengths}", rows, tables.RATE_COLUMNS)
+    results.table("latencies", f"Latencies, {lengths}", rows, tables.LATENCY_COLUMNS)
     if knee is None:
         return rows, knee, []
 
@@ -218,8 +198,8 @@ def measure(
     replayed, capacity = replay(tester, trace, block_tokens, knee, full, sizes.trace_refine)
     tester.progress.clear()
     title = f"Other shapes of load at {SHAPES_AT:g} of the knee, and the trace, {what}"
-    results.table("shapes", title, [*variants, *replayed], SHAPE_COLUMNS)
-    results.table("capacity", f"Capacity, predicted and with the trace, {what}", capacity, CAPACITY_COLUMNS)
+    results.table("shapes", title, [*variants, *replayed], tables.SHAPE_COLUMNS)
+    results.table("capacity", f"Capacity, predicted and with the trace, {what}", capacity, tables.CAPACITY_COLUMNS)
     return rows, knee, capacity
 
 
@@ -229,7 +209,7 @@ def measure(
 def report(results: Report, args: argparse.Namespace, rows: list[dict], knee: float | None, capacity: list) -> None:
     """Print the claim, write JSON and picture."""
     if capacity:
-        results.claims([claim(capacity)])
+        results.claims([tables.claim(capacity)])
     results.save(args.json)
     if args.plot:
         plot(args.plot, rows, knee, results)

@@ -33,20 +33,16 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from ch16.parts.moe_benchmark import tables
-from ch16.parts.moe_benchmark.baseline import vllm_dispatch
-from ch16.parts.moe_benchmark.capacity import Capacity, planning_bytes, run_whole_model
-from ch16.parts.moe_benchmark.claims import prediction_claim, uneven_load_claim
-from ch16.parts.moe_benchmark.dispatch import steps_on
+from ch16.parts.moe_benchmark.capacity import Capacity, run_whole_model
 from ch16.parts.moe_benchmark.experts import Dispatch, Experts, ExpertSizes, Routing, require_layer
-from ch16.parts.moe_benchmark.patterns import measure_routing
+from ch16.parts.moe_benchmark.parallel import measure_ranks
 from ch16.parts.moe_benchmark.picture import plot_patterns, plot_ranks
+from ch16.parts.moe_benchmark.plain import steps_on
 from ch16.parts.moe_benchmark.planner import link_between_gpus
-from ch16.parts.moe_benchmark.presets import PRESETS, Preset, require_memory
-from ch16.parts.moe_benchmark.ranks import measure_ranks
-from ch16.parts.moe_benchmark.reference import require_agreement
-from ch16.parts.moe_benchmark.routing import RANKS, make_routing
+from ch16.parts.moe_benchmark.presets import PRESETS, Preset
+from ch16.parts.moe_benchmark.reference import require_agreement, vllm_dispatch
+from ch16.parts.moe_benchmark.routing import RANKS, make_routing, measure_routing
 from ch16.parts.moe_benchmark.sizes import (
-    WEIGHT_COPIES,
     MoESizes,
     Selection,
     chapter_presets,
@@ -77,16 +73,12 @@ CHAPTER = (
 
 
 class SyntheticMoELayer(nn.Module):
-    """A router and its experts, with random weights.
+    """A router and its experts, with random weights: K of E experts for each token of width H.
 
     Args:
-        hidden_size: width H of a token.
-        num_experts: E.
-        experts_per_token: K, at most E.
         intermediate_size: width of an expert's inner layer; default: four times H.
         gated: SiLU-gated experts, as in published models; default: the chapter's GELU experts.
         dispatch: "loop", "grouped" or "fp8".
-        device, dtype: of the weights.
 
     Raises:
         CannotRun: K exceeds E, a size is not positive, or `dispatch` is unknown or not for this device.
@@ -163,11 +155,7 @@ DISPATCH: dict[str, Dispatch] = {"loop": loop, "grouped": grouped, "fp8": partia
 
 @torch.no_grad()
 def benchmark_moe(preset: Preset, experts: Experts, tokens: int, machine: Machine, sizes: MoESizes, seed: int) -> dict:
-    """A row of LAYER_COLUMNS: every dispatch, and vLLM's kernel, on the same tokens and the same uniform routing.
-
-    Raises:
-        CannotRun: a dispatch disagrees with float64.
-    """
+    """A row of LAYER_COLUMNS: every dispatch, and vLLM's kernel, on the same tokens and the same uniform routing."""
     x = torch.randn(tokens, preset.hidden, device=machine.device, dtype=experts.w_in.dtype)
     routing = make_routing("uniform", tokens, preset.experts, preset.top_k, seed, machine.device)
     contenders = {name: run for name, run in DISPATCH.items() if name != "fp8" or machine.native_fp8}
@@ -188,15 +176,8 @@ def measure_layers(presets: Sequence[Preset], machine: Machine, sizes: MoESizes,
     """Rows of LAYER_COLUMNS: every preset at every number of tokens. One layer's weights exist at a time."""
     rows = []
     for preset in tqdm(presets, desc="layers", leave=False, disable=None):
-        layer = SyntheticMoELayer(
-            preset.hidden,
-            preset.experts,
-            preset.top_k,
-            intermediate_size=preset.intermediate,
-            gated=preset.gated,
-            device=machine.device,
-            dtype=torch_dtype(machine),
-        )
+        options = {"intermediate_size": preset.intermediate, "gated": preset.gated, "device": machine.device}
+        layer = SyntheticMoELayer(preset.hidden, preset.experts, preset.top_k, **options, dtype=torch_dtype(machine))
         rows += [benchmark_moe(preset, layer.experts, tokens, machine, sizes, seed) for tokens in sizes.tokens]
         del layer
     return rows
@@ -205,11 +186,7 @@ def measure_layers(presets: Sequence[Preset], machine: Machine, sizes: MoESizes,
 def measure(
     selection: Selection, args: argparse.Namespace, machine: Machine, sizes: MoESizes, results: Report
 ) -> tuple[list[dict], list[dict], str]:
-    """Layers, routing and a plan, each table as soon as it exists.
-
-    Returns:
-        Rows of PATTERN_COLUMNS; rows of VALIDATION_COLUMNS, or none and why.
-    """
+    """Layers, routing and a plan, each table as soon as it exists: rows of patterns and of validation, or why none."""
     layers = measure_layers(selection.layers, machine, sizes, args.seed)
     columns = [c for c in tables.LAYER_COLUMNS if any(row.get(c.key) is not None for row in layers)]
     width = "published sizes" if args.preset else f"width {sizes.hidden} unless published"
@@ -235,17 +212,11 @@ def measure(
 def measure_capacity(
     preset: Preset, args: argparse.Namespace, machine: Machine, sizes: MoESizes, results: Report
 ) -> tuple[list[dict], str]:
-    """A plan for a whole model from one layer and, where the whole model runs here, its check against vLLM.
-
-    Returns:
-        Rows of VALIDATION_COLUMNS, or none and why.
-    """
+    """A plan for a whole model from one layer; where the model runs here, its validation by vLLM, or why not."""
     link, workload = link_between_gpus(machine, args.link_gb_s, args.link_latency_us), sizes.workload
-    extra = planning_bytes(preset, workload, machine.itemsize)
-    require_memory(preset, workload.chunk, machine, copies=WEIGHT_COPIES, contenders=2, extra=extra)
-    capacity = Capacity(preset, grouped, machine, link, sizes.repeats, args.seed)
+    capacity = Capacity(preset, grouped, machine, link, sizes, args.seed)
     counts = [n for n in (1, 2, 4, 8) if preset.experts % n == 0 and (n == 1 or link.bytes_per_s)]
-    plan = [capacity.plan_row(workload, n) for n in tqdm(counts, desc="plan", leave=False, disable=None)]
+    plan = [capacity.plan_row(n) for n in tqdm(counts, desc="plan", leave=False, disable=None)]
     title = tables.plan_title(preset, machine, workload, capacity.dispatch_name)
     results.table("plan", title, plan, tables.PLAN_COLUMNS)
     print(tables.plan_notes(plan, link, args.target_tok_s))
@@ -288,7 +259,7 @@ def main_alone(args: argparse.Namespace, machine: Machine) -> None:
     torch.manual_seed(args.seed)
     patterns, validation, why = measure(selection, args, machine, sizes, results)
     on_ranks = f"on the busiest of {RANKS} ranks (emulated)"
-    verdicts = [prediction_claim(validation, why), uneven_load_claim(patterns, on_ranks)]
+    verdicts = [tables.prediction_claim(validation, why), tables.uneven_load_claim(patterns, on_ranks)]
     report(results, verdicts, args, plot_patterns, patterns)
 
 
@@ -312,7 +283,7 @@ def main_of_rank(args: argparse.Namespace, machine: Machine) -> None:
         title = f"{preset.name} of width {preset.hidden} over {world} ranks, {ranks.backend}"
         results.table("ranks", title, rows, tables.RANK_COLUMNS)
         no_plan = not_applicable("M1", "a plan is made by one process: run without torchrun")
-        report(results, [no_plan, uneven_load_claim(rows, f"over {world} ranks")], args, plot_ranks, rows)
+        report(results, [no_plan, tables.uneven_load_claim(rows, f"over {world} ranks")], args, plot_ranks, rows)
 
 
 def main() -> int:

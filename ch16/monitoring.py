@@ -22,18 +22,17 @@ import math
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, generate_latest
 
 from ch16.parts.monitoring import tables
 from ch16.parts.monitoring.client import Reply, Scrape, Scraper, send
-from ch16.parts.monitoring.engine import SharedEngine
 from ch16.parts.monitoring.picture import plot
-from ch16.parts.monitoring.server import Handler, serving
-from ch16.parts.monitoring.sizes import MonitoringSizes, sizes_for
+from ch16.parts.monitoring.server import Handler, SharedEngine, serving
 from common import cli, models
 from common.engine import engine_args, prepare_environment, quiet, start_engine, stop_engine
-from common.gpu import detect
+from common.gpu import Machine, detect
 from common.metrics import InferenceMetrics
 from common.results import Report
 
@@ -42,6 +41,23 @@ from common.results import Report
 PROMPT = "Once upon a time"
 SCRAPE_S = 0.25  # Prometheus: 15 s or more
 WINDOW_S = math.inf  # throughput of the whole run, which clients can check; in production of the last 10 s
+
+
+@dataclass(frozen=True)
+class MonitoringSizes:
+    """Clients at once, in turn; the requests of each client; the fewest and most tokens of an answer."""
+
+    clients: tuple[int, ...]
+    requests: int
+    tokens: tuple[int, int]
+
+
+def sizes_for(machine: Machine, quick: bool) -> MonitoringSizes:
+    """A load of some seconds on a GPU or two CPU cores."""
+    if machine.device == "cuda":
+        return MonitoringSizes((1, 16, 64), 2 if quick else 8, (32, 256))
+    return MonitoringSizes((1, 4, 8), 2 if quick else 6, (8, 48))
+
 
 # ---- mechanism ----
 
@@ -99,17 +115,7 @@ def measure(
         if errors := [answer.error for answer in answers if answer.error]:
             raise cli.CannotRun(f"{len(errors)} of {len(answers)} requests failed: {errors[0]}")
         answers += send(url, [{"prompt": PROMPT, "max_tokens": 0}], clients=1)  # vLLM refuses it
-    first, last = scraper.scrapes[0], scraper.scrapes[-1]
-    results.table("series", "/metrics after the load, without buckets", tables.series_rows(last), tables.SERIES_COLUMNS)
-    tables.explain(EXPLAINED)
-    buckets = tables.gained_buckets(first, last)
-    results.table(
-        "buckets", "Latency by bucket, without empty ones", tables.bucket_rows(buckets), tables.BUCKET_COLUMNS
-    )
-    quantiles = tables.quantile_rows(buckets, answers)
-    results.table("quantiles", "histogram_quantile and the clients' own latencies", quantiles, tables.QUANTILE_COLUMNS)
-    agreement = tables.agreement_rows(scraper.scrapes, answers)
-    results.table("agreement", "Do server and clients agree?", agreement, tables.AGREEMENT_COLUMNS)
+    tables.fill(results, EXPLAINED, scraper.scrapes, answers)
     return answers, scraper.scrapes
 
 

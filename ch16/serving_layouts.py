@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from tqdm import tqdm
 
@@ -39,7 +40,7 @@ from ch16.parts.serving_layouts.flags import loads_for, model_for, parse
 from ch16.parts.serving_layouts.launch import Command, Service, shell, words_tokenizer
 from ch16.parts.serving_layouts.picture import plot_layouts, plot_plan
 from ch16.parts.serving_layouts.tables import PLAN_COLUMNS, START_COLUMNS, claims, layout_columns, plan_row
-from common import cli, models
+from common import cli, models, targets
 from common.cli import CannotRun
 from common.engine import CPU_KV_CACHE_BYTES, GPU_MEMORY_UTILIZATION, quiet
 from common.gpu import Machine, UtilizationSampler, detect, device_names
@@ -114,15 +115,11 @@ class MemoryPlan:
 
 
 def plan_memory(config: Mapping[str, object], layout: Layout, machine: Machine, fp8: bool) -> MemoryPlan | None:
-    """The memory of a layout; None for a model whose number of parameters does not follow from its config here.
+    """The memory of a layout, in FP8 or not; None if the number of parameters does not follow from the config here.
 
     weights = parameters x bytes / ranks; vLLM does not quantize the embedding and the head
     cache   = 0.9 of the device - working memory - weights
     tokens  = replicas x cache / (KV bytes per token / min(ranks, KV heads)): further ranks hold copies of KV heads
-
-    Args:
-        config: the content of the model's config.json.
-        fp8: weights and KV cache of one byte per value.
     """
     parameters, size = parameter_count(config), 1 if fp8 else machine.itemsize
     if parameters is None or "quantization_config" in config:
@@ -139,11 +136,7 @@ def plan_memory(config: Mapping[str, object], layout: Layout, machine: Machine, 
 
 
 def problem(config: Mapping[str, object], layout: Layout, machine: Machine, fp8: bool, longest: int) -> str:
-    """Why a layout cannot run on this machine's devices; empty if it can.
-
-    Args:
-        longest: tokens of the longest sequence, which must fit into the KV cache of a replica.
-    """
+    """Why a layout cannot run here; empty if it can. A replica's KV cache must hold `longest` tokens."""
     if layout.devices > machine.count:
         return f"it needs {layout.devices} devices, there are {machine.count}"
     if why := why_not_sharded(config, layout.ranks):
@@ -187,9 +180,7 @@ def measure_layout(
 ) -> tuple[list[dict], dict]:
     """Start a layout, send the loads one after the other, stop it.
 
-    Returns:
-        A row per load (keys: those of `layout_columns` and of `run_load`), and how the layout started: seconds, and
-        tokens of vLLM's KV caches.
+    Returns a row per load, with the keys of `run_load`, and how the layout started: seconds, tokens of its KV caches.
     """
     model, rows = service.model, []
     name, tokenizer = (model.name, model.path) if model else (STANDIN, models.bundled().path)
@@ -221,21 +212,8 @@ def busy(samples: Sequence[float]) -> float | None:
 
 
 def meets(row: dict, objective: Objective) -> bool:
-    """Whether a load was served as the objective asks, by P99 of TPOT."""
+    """Whether a load was served as the objective asks, by P99 of TPOT, without an error."""
     return row["tpot_p99_ms"] <= objective.tpot_ms and not row["errors"]
-
-
-def best_row(rows: Sequence[dict], objective: Objective) -> dict:
-    """The highest throughput whose TPOT P99 meets the objective without an error; if none does, the lowest P99."""
-    good = [row for row in rows if meets(row, objective)]
-    return max(good, key=lambda row: row["tokens_per_s"]) if good else min(rows, key=lambda row: row["tpot_p99_ms"])
-
-
-def marked(rows: list[dict], objective: Objective) -> list[dict]:
-    """The rows of one layout, its best one marked."""
-    best = best_row(rows, objective)
-    mark = "<- best" if meets(best, objective) else "<- misses SLO"
-    return [row | {"best": mark if row is best else ""} for row in rows]
 
 
 def price_of_a_million(tokens_per_s: float, price_per_hour: float) -> float:
@@ -246,11 +224,7 @@ def price_of_a_million(tokens_per_s: float, price_per_hour: float) -> float:
 def measure(
     results: Report, args: argparse.Namespace, layouts: Sequence[Layout], service: Service, loads: Sequence[RequestLoad]
 ) -> tuple[list[dict], dict[Layout, dict]]:
-    """One layout after the other. Returns all rows, and the best row of each layout.
-
-    Raises:
-        CannotRun: no layout could be measured.
-    """
+    """One layout after the other. Returns all rows, and the best row of each layout. CannotRun: there is none."""
     objective, rows, starts, bests = Objective(args.slo_ttft_ms, args.slo_tpot_ms), [], [], {}
     for layout in layouts:
         try:
@@ -263,8 +237,10 @@ def measure(
         if args.gpu_hour_price:
             for row in measured:
                 row["price"] = price_of_a_million(row["tokens_per_s"], args.gpu_hour_price * layout.devices)
-        rows += marked(measured, objective)
-        bests[layout] = best_row(measured, objective)
+        good = partial(meets, objective=objective)
+        measured = targets.marked(measured, good, "<- misses SLO")
+        bests[layout] = targets.best_row(measured, good)
+        rows += measured
         if service.model and (plan := plan_memory(service.model.config, layout, service.machine, service.fp8)):
             found = start["measured_cache_tokens"]
             start |= {"cache_tokens": plan.tokens, "error_percent": 100 * (plan.tokens / found - 1) if found else None}
@@ -302,17 +278,13 @@ def plan_all(args: argparse.Namespace, model: Model, fp8: bool) -> tuple[list[di
 def choose(args: argparse.Namespace, model: Model | None, fp8: bool, host: Machine) -> list[Layout]:
     """The layouts that were asked for, else all that use every device, and on a CPU one device alone.
 
-    Those that cannot run are left out, by name.
-
-    Raises:
-        CannotRun: one that was asked for cannot, or none can.
+    Those that cannot run are left out, by name. CannotRun: one that was asked for cannot, or none can.
     """
-    alone = [] if host.device == "cuda" else [Layout(1, 1)]
+    possible = possible_layouts(model.config, host.count) if model else [Layout(host.count, 1)]
+    wanted = args.layouts or [*([] if host.device == "cuda" else [Layout(1, 1)]), *possible]
     if model is None:
-        wanted = args.layouts or [*alone, Layout(host.count, 1)]
         problems = {layout: "a stand-in has no ranks" if layout.ranks > 1 else "" for layout in wanted}
     else:
-        wanted = args.layouts or [*alone, *possible_layouts(model.config, host.count)]
         longest = min(MAX_MODEL_LEN, model.max_context)
         problems = {layout: problem(model.config, layout, host, fp8, longest) for layout in wanted}
     refused = [layout for layout, why in problems.items() if why]
@@ -348,8 +320,7 @@ def report(
     results: Report, args: argparse.Namespace, rows: list[dict], bests: dict[Layout, dict], model: Model | None
 ) -> None:
     """Print the claims by the best layout; write JSON and picture."""
-    objective = Objective(args.slo_ttft_ms, args.slo_tpot_ms)
-    good = [layout for layout in bests if meets(bests[layout], objective)]
+    good = [layout for layout, best in bests.items() if best["best"] == targets.BEST]
     winner = max(good or bests, key=lambda layout: bests[layout]["tokens_per_s"])
     results.claims(claims(bests[winner], str(winner), winner.devices, model, results.machine))
     results.save(args.json)
@@ -382,10 +353,7 @@ def compare(args: argparse.Namespace) -> None:
 def main() -> int:
     """Compare layouts, or print what they would be."""
     args = parse(__doc__, parse_layout)
-    if args.dry_run:
-        dry_run(args)
-    else:
-        compare(args)
+    (dry_run if args.dry_run else compare)(args)
     return 0
 
 

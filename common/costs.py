@@ -12,19 +12,15 @@ from common.results import Column
 
 @dataclass(frozen=True)
 class TimedStep:
-    """A step of the real engine: requests in it, prompt tokens of those that joined, seconds."""
+    """A step of the real engine."""
 
-    sequences: int
-    prompt_tokens: int
+    sequences: int  # requests in it
+    prompt_tokens: int  # of those that joined
     seconds: float
 
 
 def timed_steps(timeline: Timeline, tokens_in: Mapping[str, int]) -> list[TimedStep]:
-    """The steps of a timeline; a prompt counts in the step that gave its first token.
-
-    Args:
-        tokens_in: of each request's prompt, by its name.
-    """
+    """The steps of a timeline; a prompt (`tokens_in`, by its request) counts in the step that gave its first token."""
     joined: Counter[float] = Counter()
     for name, times in timeline.arrived.items():
         joined[times[0]] += tokens_in[name]
@@ -44,14 +40,10 @@ class Costs:
 
     @staticmethod
     def fit(steps: Sequence[TimedStep]) -> "Costs":
-        """Least squares over measured steps, of errors relative to each step.
+        """Least squares over three or more steps, of errors relative to each: steps with prompts take far longer.
 
-        Steps with prompts take many times as long as steps without: their absolute errors would hide the others.
         A part below zero is no cost. The most negative one is set to zero and the others are fitted again, until none
         is negative. (That need not be the best of all fits without negative parts.)
-
-        Raises:
-            ValueError: fewer than three steps.
         """
         if len(steps) < 3:
             raise ValueError(f"three kinds of cost cannot be found from {len(steps)} steps")

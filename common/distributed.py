@@ -37,14 +37,9 @@ class Ranks:
 
 @contextmanager
 def process_group(device: str = "cpu", timeout_s: float = 120.0) -> Iterator[Ranks]:
-    """Join the process group of this run; leave it at the end, on errors too.
+    """Join the process group of this run; leave it at the end, on errors too. CannotRun: fewer GPUs than ranks here.
 
-    Args:
-        device: "cuda" (NCCL, one GPU a rank) or "cpu" (gloo).
-        timeout_s: after this many seconds a collective that some rank never joined raises an error.
-
-    Raises:
-        CannotRun: there are more ranks on this host than GPUs.
+    "cuda": NCCL, one GPU per rank; "cpu": gloo. A collective that a rank never joins fails after `timeout_s`.
     """
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))

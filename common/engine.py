@@ -27,12 +27,7 @@ NO_MULTICAST = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_FLASHINFER_ALLREDUCE_B
 def prepare_environment(machine: Machine, ranks: int = 1) -> None:
     """Set vLLM's environment variables, except those the user has set.
 
-    Args:
-        machine: where the engine will run.
-        ranks: tensor-parallel ranks, as far as they are known before the model is.
-
-    Raises:
-        CannotRun: a CPU was asked for, and the installed vLLM is the one for GPUs.
+    `ranks`: as far as they are known before the model is. CannotRun: the installed vLLM is the one for GPUs.
     """
     if machine.device == "cpu" and "vllm" in versions():
         raise CannotRun("the installed vLLM is built for GPUs; leave --device cpu out, or run: make install GPU=0")
@@ -74,11 +69,7 @@ def quiet() -> None:
 
 
 def use_fp8(machine: Machine, quantization: str) -> bool:
-    """Whether weights are quantized to FP8: "auto" means where the GPU computes FP8.
-
-    Raises:
-        CannotRun: "fp8" was asked for on a machine without FP8 units.
-    """
+    """Whether weights are quantized to FP8: "auto" means where the GPU computes FP8. CannotRun: "fp8" without units."""
     if quantization == "fp8" and not machine.native_fp8:
         raise CannotRun(f"{machine.name} has no FP8 units (Ada, Hopper and newer GPUs do); use --quantization none")
     return quantization == "fp8" or (quantization == "auto" and machine.native_fp8)
@@ -87,9 +78,7 @@ def use_fp8(machine: Machine, quantization: str) -> bool:
 def engine_args(model: Model, machine: Machine, *, max_model_len: int = 4096, **asked: object) -> dict[str, object]:
     """Arguments for `vllm.LLM` (or, as flags, for vLLM's server): the chapter's settings on this machine.
 
-    Args:
-        max_model_len: longest prompt plus answer in tokens, cut to what the model can.
-        asked: the keywords of `exceptions`, which also says what is raised.
+    `max_model_len`: prompt plus answer in tokens, cut to what the model can. `asked`: the keywords of `exceptions`.
     """
     settings: dict[str, object] = {
         "model": model.path,
@@ -113,20 +102,17 @@ def exceptions(
     tensor_parallel: int | None = None,
     max_num_seqs: int | None = None,
 ) -> dict[str, object]:
-    """What differs from `settings`, made for GPUs with FP8, for this model on this machine.
+    """Arguments of `vllm.LLM` that differ from `settings`, made for GPUs with FP8, for this model on this machine.
+
+    None leaves an argument to vLLM's default.
 
     Args:
-        settings: arguments for `vllm.LLM`; `max_model_len` and `gpu_memory_utilization` are needed.
         quantization: "auto" (FP8 where the GPU computes it), "fp8" or "none". FP8 weights bring an FP8 KV cache.
         tensor_parallel: GPUs (or CPU ranks) per copy of the model; default: as many as the model divides into.
         max_num_seqs: sequences decoded together; default: vLLM's choice on a GPU, 32 on a CPU.
 
-    Returns:
-        Arguments that replace those of `settings`. None leaves one to vLLM's default.
-
     Raises:
-        CannotRun: FP8 without FP8 units, more ranks than GPUs or than the model divides into, or weights larger than
-            the memory.
+        CannotRun: FP8 without FP8 units, ranks beyond the GPUs or the model's heads, or weights beyond the memory.
     """
     # A checkpoint that is quantized already (AWQ, GPTQ, FP8, ...) says so itself, and is left as it is.
     fp8 = "quantization_config" not in model.config and use_fp8(machine, quantization)
@@ -178,25 +164,21 @@ def _check_memory(model: Model, machine: Machine, ranks: int, usable: float, byt
         ranks = 1  # they share the RAM
     weights = parameters * bytes_per_weight / ranks
     if weights > usable:
-        place = f" on each of {ranks} GPUs" if ranks > 1 else ""
+        needed = f"{weights / 2**30:.0f} GiB of weights" + (f" on each of {ranks} GPUs" if ranks > 1 else "")
         device, remedy = ("this machine", "") if machine.device == "cpu" else ("a GPU", " or more GPUs")
-        raise CannotRun(
-            f"{model.name} does not fit: {weights / 2**30:.0f} GiB of weights{place}, "
-            f"{device} has {usable / 2**30:.0f} GiB to use; take a smaller --model{remedy}"
-        )
+        there = f"{device} has {usable / 2**30:.0f} GiB to use; take a smaller --model{remedy}"
+        raise CannotRun(f"{model.name} does not fit: {needed}, {there}")
 
 
 def as_flags(args: dict[str, object]) -> list[str]:
     """`engine_args` in the spelling of vLLM's command line."""
     flags = []
     for name, value in args.items():
-        flag = "--" + name.replace("_", "-")
-        if value is False:
-            flags.append(flag.replace("--", "--no-", 1))
-        elif value is True:
-            flags.append(flag)
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            flags += [flag, str(value)]
+            flags += [f"--{flag}", str(value)]
     return flags
 
 

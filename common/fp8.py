@@ -72,11 +72,7 @@ def _largest(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
 
 
 def absolute_maximum(x: torch.Tensor, scaling: str, block: tuple[int, int] = ACTIVATION_BLOCK) -> torch.Tensor:
-    """max |x| of each group of values that shares a scale: [] for "tensor", [M, 1] for "row", [M', K'] for "block".
-
-    Raises:
-        ValueError: `scaling` is unknown.
-    """
+    """max |x| of each group of values that shares a scale: [] for "tensor", [M, 1] for "row", [M', K'] for "block"."""
     if scaling == "tensor":
         return _largest(x.flatten(), (0,)).squeeze(0)
     if scaling == "row":
@@ -94,18 +90,12 @@ def quantize(
     amax: torch.Tensor | None = None,
     fill: float | None = None,
 ) -> Quantized:
-    """A matrix in FP8.
+    """x [M, K], float32 or bfloat16, in FP8 by one of SCALINGS; ValueError if it is no matrix, or no such scaling.
 
     Args:
-        x: [M, K], float32 or bfloat16.
-        scaling: one of SCALINGS.
-        dtype: E4M3 or E5M2.
         block: for "block", the rows and columns that share a scale; the last ones may be smaller.
         amax: for "tensor", a maximum known beforehand (delayed scaling); larger values saturate.
         fill: share of the format's range, 0.5 to 1, that the maximum comes to; None: a power of two decides.
-
-    Raises:
-        ValueError: x is no matrix, or `scaling` is unknown.
     """
     if x.dim() != 2:
         raise ValueError(f"a matrix is needed, not a tensor of shape {list(x.shape)}")
@@ -122,12 +112,10 @@ def quantize(
 
 
 def decode(values: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """FP8 values as bfloat16 or wider, which hold them exactly.
-
-    On a CPU by a table of the 256 values, which is faster than PyTorch's conversion.
-    """
+    """FP8 values as bfloat16 or wider, which hold them exactly."""
     if values.device.type != "cpu":
         return values.to(dtype)
+    # Faster on a CPU than PyTorch's conversion.
     table = torch.arange(256, dtype=torch.uint8).view(values.dtype).to(dtype)
     return table.index_select(0, values.view(torch.uint8).flatten().int()).view(values.shape)
 

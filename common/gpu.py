@@ -41,8 +41,6 @@ PEAKS = {
     "NVIDIA GeForce RTX 4090": Peak(165e12, 330e12, 1.008e12),
     "NVIDIA GeForce RTX 3090": Peak(71e12, None, 0.936e12),
 }
-
-
 DTYPE_NAMES = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
 
 
@@ -62,10 +60,9 @@ class Machine:
 
     @property
     def dtype(self) -> str:
-        """What models compute in here, as torch and vLLM call it: BF16 where there are units for it.
+        """What models compute in here, as torch and vLLM call it: BF16 where it is native, else FP32, on a GPU FP16.
 
-        Elsewhere a CPU emulates it: with AVX2 alone, a decode step of the bundled model took 30 times as long as in
-        FP32. GPUs before Ampere have FP16.
+        Emulated with AVX2 alone, BF16 made a decode step of the bundled model take 30 times as long as FP32.
         """
         return "bfloat16" if self.native_bf16 else "float32" if self.device == "cpu" else "float16"
 
@@ -108,11 +105,7 @@ def device_names(machine: Machine) -> list[str]:
 
 
 def detect(device: str = "auto") -> Machine:
-    """This machine, as the scripts use it.
-
-    Args:
-        device: "cuda" for its GPUs, "cpu" for its processor, "auto" for GPUs where there are some and the
-            installed stack can use them.
+    """This machine: its GPUs ("cuda"), its processor ("cpu"), or GPUs where the installed stack can use some ("auto").
 
     Raises:
         CannotRun: "cuda" was asked for and no GPU answers, or the CPU stack is installed; or the driver does not say
@@ -126,24 +119,13 @@ def detect(device: str = "auto") -> Machine:
     if device == "cuda":
         raise CannotRun("no GPU found: the NVIDIA driver lists none (try nvidia-smi, or --device cpu)")
     flags, name = _cpu_info()
-    return Machine(
-        device="cpu",
-        name=name,
-        count=1,
-        memory_bytes=psutil.virtual_memory().total,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        capability=None,
-        native_bf16=bool({"avx512_bf16", "amx_bf16"} & flags),
-        native_fp8=False,
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    native_bf16 = bool({"avx512_bf16", "amx_bf16"} & flags)
+    return Machine("cpu", name, 1, psutil.virtual_memory().total, cores, None, native_bf16, native_fp8=False)
 
 
 def _gpus() -> list[Machine]:
-    """A Machine for this process's first GPU (the others are of its kind); empty without a driver.
-
-    Raises:
-        CannotRun: the driver refuses to say what they are.
-    """
+    """A Machine for this process's first GPU (the others are of its kind); empty without a driver."""
     try:
         import pynvml
 
@@ -159,19 +141,9 @@ def _gpus() -> list[Machine]:
         memory_bytes = min(_memory_bytes(pynvml, handle) for handle in handles)
     except pynvml.NVMLError as error:
         raise CannotRun(f"the NVIDIA driver does not answer: {error} (try nvidia-smi, or --device cpu)") from None
-    return [
-        Machine(
-            device="cuda",
-            name=name,
-            count=len(handles),
-            memory_bytes=memory_bytes,
-            cores=len(os.sched_getaffinity(0)),
-            capability=capability,
-            native_bf16=capability >= (8, 0),
-            native_fp8=has_fp8_units(capability),
-            peak=PEAKS.get(name, Peak()),
-        )
-    ]
+    cores, peak = len(os.sched_getaffinity(0)), PEAKS.get(name, Peak())
+    bf16, fp8 = capability >= (8, 0), has_fp8_units(capability)
+    return [Machine("cuda", name, len(handles), memory_bytes, cores, capability, bf16, fp8, peak)]
 
 
 def _memory_bytes(nvml, handle: object) -> int:  # noqa: ANN001 (as in visible_handles)
@@ -209,12 +181,12 @@ def visible_handles(nvml) -> list:  # noqa: ANN001 (the pynvml module, or a stan
     handles = []
     for entry in filter(None, (part.strip() for part in listed.split(","))):
         try:
-            if entry.isdigit():
-                if int(entry) >= count:
-                    break
+            if not entry.isdigit():
+                handles.append(nvml.nvmlDeviceGetHandleByUUID(entry))
+            elif int(entry) < count:
                 handles.append(nvml.nvmlDeviceGetHandleByIndex(int(entry)))
             else:
-                handles.append(nvml.nvmlDeviceGetHandleByUUID(entry))
+                break
         except nvml.NVMLError:
             break
     return handles
@@ -224,7 +196,7 @@ def _cpu_info() -> tuple[set[str], str]:
     """Instruction-set flags and the model name of the processor (Linux; elsewhere no flags)."""
     try:
         with open("/proc/cpuinfo") as cpuinfo:
-            lines = dict((key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in cpuinfo))
+            lines = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in cpuinfo)}
         return set(lines.get("flags", "").split()), lines.get("model name", platform.machine())
     except OSError:
         return set(), platform.processor() or platform.machine()
@@ -237,20 +209,14 @@ def card(machine: Machine) -> str:
         major, minor = machine.capability
         what = f"{machine.count} x {machine.name}, {memory} each, compute capability {major}.{minor}"
         peak = machine.peak
-        limits = (
-            f"limits: {_tera(peak.bf16_flops, 'TFLOP/s BF16')}, {_tera(peak.fp8_flops, 'TFLOP/s FP8')}, "
-            f"{_tera(peak.bytes_per_s, 'TB/s')}"
-        )
+        figures = ((peak.bf16_flops, "TFLOP/s BF16"), (peak.fp8_flops, "TFLOP/s FP8"), (peak.bytes_per_s, "TB/s"))
+        limits = ", ".join(f"{value / 1e12:.4g} {unit}" if value else f"unknown {unit}" for value, unit in figures)
     else:
         bf16 = "BF16 units" if machine.native_bf16 else "no BF16 units: models in FP32"
         what = f"{machine.name}, {machine.cores} cores, {memory}"
-        limits = f"limits: unknown; {bf16}, no FP8 units"
+        limits = f"unknown; {bf16}, no FP8 units"
     stack = ", ".join(f"{name} {version}" for name, version in versions().items())
-    return f"machine: {what}\n         {limits}\n         {stack}"
-
-
-def _tera(value: float | None, unit: str) -> str:
-    return f"unknown {unit}" if value is None else f"{value / 1e12:.4g} {unit}"
+    return f"machine: {what}\n         limits: {limits}\n         {stack}"
 
 
 class UtilizationSampler:
@@ -261,9 +227,8 @@ class UtilizationSampler:
     """
 
     def __init__(self, machine: Machine, gpus: int | None = None, interval_s: float = 0.2) -> None:
-        self._gpus = gpus  # the first so many of the visible ones; None: all
         self.samples: list[float] = []  # percent, mean over the GPUs
-        self._interval_s = interval_s
+        self._gpus, self._interval_s = gpus, interval_s  # the first so many of the visible GPUs; None: all
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True) if machine.device == "cuda" else None
 

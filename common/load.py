@@ -31,26 +31,18 @@ def exactly(tokens_out: int, temperature: float = 1.0) -> "SamplingParams":
 
 @dataclass(frozen=True)
 class EngineStep:
-    """One step of an engine that gave tokens.
+    """One step of an engine that gave tokens."""
 
-    `ended`: seconds of `time.perf_counter`. `busy_s`: seconds in the engine, with those of the steps before it that
-    gave no token (parts of a long prompt). `requests`: that got a token.
-    """
-
-    ended: float
-    busy_s: float
-    requests: int
+    ended: float  # seconds of `time.perf_counter`
+    busy_s: float  # in the engine, with the steps before it that gave no token (parts of a long prompt)
+    requests: int  # that got a token
 
 
 @dataclass
 class Timeline:
-    """What has happened so far: when requests were sent, when each of their tokens arrived (seconds of
-    `time.perf_counter`, by the name of the request), and the steps.
+    """What has happened so far, in seconds of `time.perf_counter`, by the name of the request."""
 
-    `ahead`: steps that the engine has scheduled already when a request is added (asynchronous scheduling).
-    """
-
-    ahead: int = 0
+    ahead: int = 0  # steps that are scheduled already when a request is added (asynchronous scheduling)
     sent: dict[str, float] = field(default_factory=dict)
     arrived: dict[str, list[float]] = field(default_factory=dict)
     steps: list[EngineStep] = field(default_factory=list)
@@ -98,20 +90,13 @@ def send_wave(
     prompts: Sequence[Sequence[int]],
     tokens_out: int,
     on_step: Callable[[Sequence["RequestOutput"]], object] = lambda outputs: None,
-    temperature: float = 1.0,
 ) -> tuple[list[float], list[list[float]]]:
-    """Send all prompts at once; drive the engine step by step until each has `tokens_out` tokens.
+    """Send all prompts, [N][any length] token ids, at once; step the engine until each has `tokens_out` tokens.
 
-    Args:
-        prompts: token ids, [N][any length].
-        on_step: called after each step with its outputs: the i-th prompt is request "i", with its new tokens.
-
-    Returns:
-        When each request was sent and when each of its tokens arrived: seconds of `time.perf_counter`, [N] and
-        [N][tokens_out].
+    After each step `on_step` gets its outputs: the i-th prompt is request "i", with its new tokens. Returns when each
+    request was sent, [N], and when its tokens arrived, [N][tokens_out]: seconds of `time.perf_counter`.
     """
-    sampling = exactly(tokens_out, temperature)
-    engine = SteppedEngine(llm)
+    engine, sampling = SteppedEngine(llm), exactly(tokens_out)
     for i, prompt in enumerate(prompts):
         engine.add(str(i), prompt, sampling)
     while engine.running:
@@ -120,19 +105,11 @@ def send_wave(
 
 
 def summarise(sent: Sequence[float], arrived: Sequence[Sequence[float]], gpus: int) -> dict[str, float]:
-    """The field's serving figures of one wave.
+    """The field's serving figures of one wave, from seconds [N] and [N][tokens of the request], on some GPUs.
 
-    TTFT: sent to first token. TPOT of a request: (last - first token) / (tokens - 1). ITL: the gap between two
-    tokens. End to end: sent to last token. Definitions as in vLLM's benchmark client.
-
-    Args:
-        sent: seconds, [N].
-        arrived: seconds, [N][tokens of the request], from the same clock.
-        gpus: that the engine computes on.
-
-    Returns:
-        `concurrency` (N), `tokens_per_s` (all output tokens over first sent to last token), `tokens_per_s_gpu`, and
-        `ttft_p50_ms`, `ttft_p99_ms`, and the same for `tpot` and `e2e` (over the requests) and `itl` (over all gaps).
+    `concurrency` is N; `tokens_per_s` all output tokens over first sent to last token. P50 and P99 in ms of `ttft`:
+    sent to first token; `tpot`, per request: (last - first token) / (tokens - 1); `itl`: between two tokens; `e2e`:
+    sent to last token. Definitions as in vLLM's benchmark client.
 
     Raises:
         ValueError: a request with fewer than two tokens has no TPOT.

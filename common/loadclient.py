@@ -67,16 +67,9 @@ def flags_for(
     endpoint: Endpoint, load: RequestLoad, objective: Objective | None, seed: int, trace_file: Path
 ) -> list[str]:
     """The command line of `vllm bench serve` for a load."""
-    flags: dict[str, object] = {
-        "backend": "vllm",
-        "base-url": endpoint.url,
-        "model": endpoint.model,
-        "tokenizer": endpoint.tokenizer,
-        "num-prompts": load.requests,
-        "seed": seed,
-        "percentile-metrics": ",".join(FIGURES),
-        "metric-percentiles": ",".join(map(str, QUANTILES)),
-    }
+    flags: dict[str, object] = {"backend": "vllm", "base-url": endpoint.url, "model": endpoint.model}
+    flags |= {"tokenizer": endpoint.tokenizer, "num-prompts": load.requests, "seed": seed}
+    flags |= {"percentile-metrics": ",".join(FIGURES), "metric-percentiles": ",".join(map(str, QUANTILES))}
     if load.trace:
         write_timed_trace(load.trace, trace_file, load.block_tokens)
         flags |= {"dataset-name": "timed_trace", "dataset-path": trace_file}
@@ -102,10 +95,7 @@ def run_load(
     Keys: `offered` and `answered` (requests/s), `tokens_per_s`, `steady_tokens_per_s` (over the middle half of the
     tokens: without the beginning and the end, when the server is not full), `errors`, `seconds`, `late_ms` (P99 of the
     lag of this process's event loop), and `ttft_p50_ms` ... `e2el_p99_ms`. With an objective also `goodput` (good
-    requests/s) and `good_percent` (of those sent).
-
-    Raises:
-        CannotRun: no request was answered.
+    requests/s) and `good_percent` (of those sent). CannotRun: no request was answered.
     """
     with tempfile.TemporaryDirectory() as folder:
         flags = flags_for(endpoint, load, objective, seed, Path(folder) / "trace.jsonl")
@@ -138,10 +128,9 @@ def _offered(load: RequestLoad, sent: Sequence[float]) -> float | None:
 
 
 def _steady(result: Mapping) -> float:
-    """Tokens/s between the first and the third quarter of the tokens.
+    """Tokens/s between the first and the third quarter of the tokens. A request that failed has no tokens.
 
-    The result has the time of each event, and an event may hold several tokens: the tokens of a request are spread
-    evenly over its events. A request that failed has no tokens.
+    An event may hold several tokens: those of a request are spread evenly over its events.
     """
     times = []
     columns = (result[key] for key in ("start_times", "ttfts", "itls", "output_lens"))

@@ -35,11 +35,8 @@ OUTCOMES = ("ok", "error", "cancelled", "invalid", "rejected")
 # 10 ms to 10 min, each bound 1.5 to 1.7 times the one before: a quantile lies in the same bucket as the true one, so it
 # is wrong by at most this factor.
 LATENCY_BUCKETS = (
-    *(0.01, 0.015, 0.025, 0.04, 0.06),
-    *(0.1, 0.15, 0.25, 0.4, 0.6),
-    *(1, 1.5, 2.5, 4, 6),
-    *(10, 15, 25, 40, 60),
-    *(100, 150, 250, 400, 600),
+    *(0.01, 0.015, 0.025, 0.04, 0.06, 0.1, 0.15, 0.25, 0.4, 0.6),
+    *(1, 1.5, 2.5, 4, 6, 10, 15, 25, 40, 60, 100, 150, 250, 400, 600),
 )
 GATEWAY_OUTCOMES = (
     "ok",  # a whole answer of a replica, other than a server error
@@ -52,21 +49,15 @@ FIRST_BYTE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 3
 
 
 class InferenceMetrics:
-    """The series of a server, on one registry.
-
-    Raises:
-        ValueError: the registry already has them.
-    """
+    """The series of a server, on one registry; ValueError if it already has them."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self.requests = Counter("inference_requests", "Total requests", ["outcome"], registry=registry)
-        self.latency = Histogram(
-            "inference_latency_seconds", "Request latency", buckets=LATENCY_BUCKETS, registry=registry
-        )
+        name = "inference_latency_seconds"
+        self.latency = Histogram(name, "Request latency", buckets=LATENCY_BUCKETS, registry=registry)
         self.active = Gauge("inference_active_requests", "Active requests", registry=registry)
-        self.throughput = Gauge(
-            "inference_throughput_tokens_per_sec", "Output tokens per second, last 10 s", registry=registry
-        )
+        name = "inference_throughput_tokens_per_sec"
+        self.throughput = Gauge(name, "Output tokens per second, last 10 s", registry=registry)
         self.draining = Gauge("inference_draining", "1: finishing its last requests", registry=registry)
         for outcome in OUTCOMES:  # a series must exist before its first event, or rate() misses that one
             self.requests.labels(outcome)
@@ -149,12 +140,8 @@ class GatewayMetrics:
         self._registry = registry = CollectorRegistry()
         self.requests = Counter("gateway_requests", "Requests by what became of them", ["outcome"], registry=registry)
         self.retries = Counter("gateway_retries", "Attempts after the first of a request", registry=registry)
-        self.first_byte = Histogram(
-            "gateway_first_byte_seconds",
-            "Arrival of a request to the first byte of a server's answer",
-            buckets=FIRST_BYTE_BUCKETS,
-            registry=registry,
-        )
+        name, text = "gateway_first_byte_seconds", "Arrival of a request to the first byte of a server's answer"
+        self.first_byte = Histogram(name, text, buckets=FIRST_BYTE_BUCKETS, registry=registry)
         self.draining = Gauge("gateway_draining", "1: finishing its last requests", registry=registry)
         self._states = {
             "in_flight": Gauge("gateway_in_flight", "Requests at a server", ["server"], registry=registry),
@@ -181,10 +168,7 @@ class Rate:
         self._readings: deque[tuple[float, float]] = deque()  # (time, counter value), oldest first
 
     def update(self, now_s: float, value: float) -> float:
-        """Add a reading. Returns the rate since the newest reading that is at least a window old, or since the first.
-
-        The first reading of all gives 0.0.
-        """
+        """Add a reading. Returns the rate since the newest at least a window old, or since the first (0.0 at it)."""
         self._readings.append((now_s, value))
         while len(self._readings) > 2 and self._readings[1][0] <= now_s - self._window_s:
             self._readings.popleft()
@@ -193,14 +177,9 @@ class Rate:
 
 
 def histogram_quantile(q: float, buckets: Iterable[tuple[float, float]]) -> float | None:
-    """A quantile from a histogram's buckets, as Prometheus computes it: linear within the bucket that it lies in.
+    """The quantile 0 < q <= 1 of (upper bound, observations up to it), as Prometheus has it: linear within a bucket.
 
-    Args:
-        q: 0 < q <= 1.
-        buckets: (upper bound, observations up to it), the last bound infinite.
-
-    Returns:
-        The highest finite bound if the quantile is beyond it; None if nothing was observed.
+    The highest finite bound if the quantile is beyond it; None if nothing was observed.
     """
     buckets = sorted(buckets)
     if not buckets or buckets[-1][1] <= 0:

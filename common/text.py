@@ -11,14 +11,9 @@ from common.models import Model
 
 
 def load_model(model: Model, device: str, dtype: str = "bfloat16") -> tuple[nn.Module, object]:
-    """The model on a device, ready to score, and its tokenizer (None with random weights).
+    """The model, ready to score, and its tokenizer (None with random weights); CannotRun if it cannot be loaded.
 
-    Args:
-        device: where it goes; "meta" for its structure alone, without weights.
-        dtype: of its weights, as torch calls it; see `Machine.dtype`.
-
-    Raises:
-        CannotRun: transformers cannot load it.
+    Device "meta" is for its structure alone, without weights. `dtype` is `Machine.dtype`, or another name of torch's.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -41,14 +36,7 @@ def load_model(model: Model, device: str, dtype: str = "bfloat16") -> tuple[nn.M
 
 
 def token_windows(text: str, tokenizer: object, count: int, length: int, purpose: str = "") -> torch.Tensor:
-    """The text's first token ids as windows [count, length].
-
-    Args:
-        purpose: the end of the error's sentence, as in " to score 50,000".
-
-    Raises:
-        CannotRun: the text is too short.
-    """
+    """The text's first token ids as windows [count, length]; CannotRun, "... needed{purpose}", if it is too short."""
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     if len(ids) < count * length:
         raise CannotRun(f"the text has {len(ids):,} tokens; {count * length:,} are needed{purpose}")
@@ -56,11 +44,7 @@ def token_windows(text: str, tokenizer: object, count: int, length: int, purpose
 
 
 def read_text(path: str | None) -> tuple[str, str]:
-    """A text and its source: a file, or the language reference that ships with Python.
-
-    Raises:
-        CannotRun: the file cannot be read, or this Python came without its documentation.
-    """
+    """A text and its source: a file, or the language reference that ships with Python; CannotRun without either."""
     if path is not None:
         try:
             return Path(path).read_text(), path

@@ -13,11 +13,7 @@ import numpy as np
 
 
 def percentile(values: Sequence[float], q: float) -> float:
-    """The q-th percentile (0 to 100), linear between the two nearest values.
-
-    Raises:
-        ValueError: `values` is empty or q is outside 0 to 100.
-    """
+    """The q-th percentile (0 to 100), linear between the two nearest values; ValueError of no values or another q."""
     if len(values) == 0:
         raise ValueError("a percentile of no values")
     return float(np.percentile(values, q))
@@ -49,16 +45,9 @@ class Timing:
 
 
 def measure(work: Callable[[], object], device: str = "cpu", warmup: int = 3, repeats: int = 10) -> Timing:
-    """Time `work()` on a device.
+    """Time `work()` on "cpu" or "cuda", `repeats` (at least 1) times after `warmup` calls, which settle caches.
 
-    Args:
-        work: what to time; it must leave its result on the device (reading it back is work, too).
-        device: "cpu" or "cuda".
-        warmup: calls before the timed ones: compilation, caches and allocators settle.
-        repeats: timed calls.
-
-    Raises:
-        ValueError: repeats is less than 1.
+    `work` must leave its result on the device: reading it back is work as well.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, not {repeats}")
@@ -96,8 +85,7 @@ def measure_together(
     """Time several pieces of work turn by turn, so that clocks, heat and power limits treat them alike.
 
     A GPU at its power limit slows down within milliseconds: of two pieces timed one after the other the second
-    would pay for the first. On a GPU each turn starts with a call that is not timed, see `measure`. Arguments as there,
-    for each piece.
+    would pay for the first. On a GPU each turn starts with a call that is not timed. Arguments as of `measure`.
     """
     for work in works.values():
         for _ in range(warmup):

@@ -20,28 +20,19 @@ BLOCK_TOKENS = 512  # of a hash id in Mooncake's traces
 
 @dataclass(frozen=True)
 class Arrival:
-    """One request of a trace. `blocks`: ids of its prompt's blocks; prompts that begin alike share the first ones.
-
-    An id is a number as read; after `at_rate` a pair of number and round.
-    """
+    """One request of a trace."""
 
     at_s: float
     tokens_in: int
     tokens_out: int
-    blocks: tuple[Hashable, ...] = ()
+    blocks: tuple[Hashable, ...] = ()  # ids of its prompt's blocks; prompts that begin alike share the first ones
 
 
 def read_trace(path: str | Path, in_order: bool = False) -> list[Arrival]:
-    """Read a trace, in order of arrival, from 0 s on.
+    """Read a trace, in order of arrival, from 0 s on; `in_order` refuses one that goes back in time.
 
     Two formats: Azure's (CSV: TIMESTAMP, ContextTokens, GeneratedTokens) and Mooncake's (JSON lines: timestamp in ms,
-    input_length, output_length, hash_ids).
-
-    Args:
-        in_order: refuse a trace that goes back in time: a recording whose parts are in the wrong order.
-
-    Raises:
-        CannotRun: no such file, neither format, or not in order.
+    input_length, output_length, hash_ids). CannotRun: no such file, neither format, or not in order.
     """
     try:
         with open(path, newline="") as file:
@@ -49,6 +40,9 @@ def read_trace(path: str | Path, in_order: bool = False) -> list[Arrival]:
                 parsed = [_azure(row) for row in csv.DictReader(file)]
             else:
                 parsed = [_mooncake(json.loads(line)) for line in file if line.strip()]
+        for one in parsed:
+            if one.tokens_in < 1 or one.tokens_out < 1 or not math.isfinite(one.at_s):
+                raise ValueError(f"a request of {one.tokens_in} tokens in and {one.tokens_out} out at {one.at_s} s")
     except OSError as error:
         raise CannotRun(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -66,18 +60,12 @@ def read_trace(path: str | Path, in_order: bool = False) -> list[Arrival]:
 def _azure(row: dict[str, str]) -> Arrival:
     whole, _, fraction = row["TIMESTAMP"].partition(".")  # seven digits: more than datetime reads
     seconds = datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{fraction[:9].rstrip('Z') or 0}")
-    return _checked(Arrival(seconds, int(row["ContextTokens"]), int(row["GeneratedTokens"])))
+    return Arrival(seconds, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
 
 
 def _mooncake(row: dict) -> Arrival:
     blocks = tuple(map(int, row["hash_ids"]))
-    return _checked(Arrival(float(row["timestamp"]) / 1e3, int(row["input_length"]), int(row["output_length"]), blocks))
-
-
-def _checked(arrival: Arrival) -> Arrival:
-    if arrival.tokens_in < 1 or arrival.tokens_out < 1 or not math.isfinite(arrival.at_s):
-        raise ValueError(f"a request of {arrival.tokens_in} tokens in and {arrival.tokens_out} out at {arrival.at_s} s")
-    return arrival
+    return Arrival(float(row["timestamp"]) / 1e3, int(row["input_length"]), int(row["output_length"]), blocks)
 
 
 def shrink(trace: Sequence[Arrival], factor: float, max_tokens: int) -> list[Arrival]:

@@ -25,13 +25,14 @@ import time
 
 import psutil
 
-from ch16.parts.load_balancer.client import StreamedAnswer, closed_loop
+from ch16.parts.load_balancer.client import StreamedAnswer
 from common import cli
 from common.gpu import detect
 from common.results import Column, Report
 from common.server import ServerProcess, free_port
 from common.standin import standin_command
 from common.timing import percentile
+from tests.bench.closed import closed_loop
 
 TARGETS = {"tokens_per_s": (0.97, ">="), "ttft_p99_ms": (3.0, "<=")}
 COLUMNS = (

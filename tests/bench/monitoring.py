@@ -33,7 +33,6 @@ import psutil
 import requests
 from prometheus_client import CollectorRegistry
 
-from ch16.parts.load_balancer.client import closed_loop
 from ch16.parts.load_balancer.dashboard import INTERVAL_S, parse
 from common import cli
 from common.engine import quiet
@@ -42,6 +41,7 @@ from common.metrics import InferenceMetrics
 from common.results import Column, Report
 from common.server import ServerProcess
 from common.timing import median_error
+from tests.bench.closed import closed_loop
 from tests.servers import Server
 
 TARGET = 0.99  # of the throughput without metrics

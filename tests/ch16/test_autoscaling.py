@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from ch16 import autoscaling
 from ch16.autoscaling import decide, recommend
 from ch16.parts.autoscaling.emit import read_spec
+from ch16.parts.autoscaling.flags import FleetSizes
 from ch16.parts.autoscaling.hpa import SCALE_DOWN, SCALE_UP, History, PodsMetric, Policy, PoolMetric, Rules, Spec
 from ch16.parts.autoscaling.signals import by_pods, signals
 from ch16.parts.autoscaling.simulate import Pool
-from ch16.parts.autoscaling.sizes import FleetSizes
 from ch16.parts.autoscaling.tables import SETTLED
 from common.cli import CannotRun
 from common.costs import Costs

@@ -23,11 +23,10 @@ from ch16.continuous_batching import (
     token_budget,
     with_knee,
 )
-from ch16.parts.continuous_batching.claims import knee_of
 from ch16.parts.continuous_batching.interference import CHUNKED, NONE, SEPARATE, WHOLE
 from ch16.parts.continuous_batching.separate import cannot_separate
-from ch16.parts.continuous_batching.sizes import Sweep, Traffic
-from ch16.parts.continuous_batching.workload import random_requests, traffic_requests
+from ch16.parts.continuous_batching.tables import knee_of
+from ch16.parts.continuous_batching.workload import Sweep, Traffic, random_requests, traffic_requests
 from common.cli import CannotRun
 from common.gpu import Machine, detect
 from tests.ch16.parts.continuous_batching.made_up import size_rows
@@ -168,7 +167,7 @@ def test_a_separate_engine_gets_the_prompts():
         def send(self, prompt):
             self.got.append(prompt)
 
-        def finished(self):
+        def wait(self):
             return math.inf
 
     llm = CountingLLM()

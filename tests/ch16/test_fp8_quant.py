@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from ch16 import fp8_quant
 from ch16.fp8_quant import FP8TransformerBlock, FP8TransformerModel, recipes
+from ch16.parts.fp8_quant.blocks import measure_stack
 from ch16.parts.fp8_quant.precision import Precision, load_quantized
 from ch16.parts.fp8_quant.sizes import Fp8Sizes
-from ch16.parts.fp8_quant.stack import measure_stack
 from common.cli import CannotRun
 from common.gpu import Machine
 

@@ -9,7 +9,7 @@ import torch
 
 from ch16 import inference_profiling
 from ch16.inference_profiling import measure_cost, profile_inference, verdict
-from ch16.parts.inference_profiling.attribution import KINDS, time_by_kind
+from ch16.parts.inference_profiling.attribution import KINDS
 from ch16.parts.inference_profiling.tables import KIND_KEYS
 from ch16.parts.inference_profiling.trace import read_trace
 from ch16.parts.inference_profiling.work import Limits, Work
@@ -38,7 +38,7 @@ def test_profile_inference(network, tmp_path, capsys):
     assert any(event.get("args", {}).get("Input Dims") for event in events), "shapes are recorded"
     assert any(event["ph"] == "C" for event in events), "memory is a track"
     assert not any(event.get("cat") == "python_function" for event in events), "stacks only where asked"
-    parts = {name: time_by_kind(profiled.trace, span) for name, span in profiled.spans.items()}
+    parts = profiled.parts
     for name, times in parts.items():
         assert set(times) == set(KINDS) and min(times.values()) >= 0
         assert sum(times.values()) == pytest.approx(profiled.spans[name].seconds)

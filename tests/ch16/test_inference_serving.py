@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ch16 import inference_serving as serving
+from common import targets
 from common.engine import engine_args
 from common.gpu import Machine, Peak
 from common.models import SHAPES, Model
@@ -69,7 +70,7 @@ def test_search_finds_the_knee(knee, first, limit):
     calls = []
     rows = serving.search_concurrency(machine_with_knee(knee, calls), first, limit, bisections=10)
     assert len(calls) == len(set(calls)) == len(rows) <= 21 and max(calls) <= limit
-    best = serving.best_row(rows)
+    best = targets.best_row(rows, serving.meets_targets)
     if min(first, limit) <= knee:
         # The bisection stops at a gap of a tenth.
         assert best["concurrency"] <= min(knee, limit) <= max(best["concurrency"] * 1.12, best["concurrency"] + 2)
@@ -79,7 +80,7 @@ def test_search_finds_the_knee(knee, first, limit):
 
 def test_if_nothing_meets_the_targets_the_least_bad_is_shown():
     rows = serving.search_concurrency(machine_with_knee(0, []), 4, 64)
-    assert not serving.meets_targets(serving.best_row(rows))
+    assert not serving.meets_targets(targets.best_row(rows, serving.meets_targets))
 
 
 # ---- the command line ----

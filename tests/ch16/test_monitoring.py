@@ -6,9 +6,9 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from ch16 import monitoring
+from ch16.monitoring import MonitoringSizes
 from ch16.parts.monitoring.client import Scraper, ask, send
 from ch16.parts.monitoring.server import serving
-from ch16.parts.monitoring.sizes import MonitoringSizes
 from ch16.parts.monitoring.tables import agreement_rows
 from common.cli import CannotRun
 from common.gpu import Machine

@@ -2,6 +2,7 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -15,10 +16,9 @@ from ch16.parts.serving_layouts.flags import machine_type
 from ch16.parts.serving_layouts.launch import Service, cache_tokens, running
 from ch16.serving_layouts import (
     Layout,
-    best_row,
     busy,
     choose,
-    marked,
+    meets,
     parse_layout,
     plan_memory,
     possible_layouts,
@@ -26,7 +26,7 @@ from ch16.serving_layouts import (
     problem,
     replica_commands,
 )
-from common import models
+from common import models, targets
 from common.cli import CannotRun
 from common.gpu import Machine, detect
 from common.loadclient import Objective
@@ -51,9 +51,10 @@ def row(tokens_per_s, p99, errors=0, **figures):
 
 def test_the_best_row_keeps_the_objective():
     rows = [row(100, 20), row(200, 50), row(300, 51), row(400, 30, errors=1)]
-    assert best_row(rows, OBJECTIVE) is rows[1]
-    assert [r["best"] for r in marked(rows, OBJECTIVE)] == ["", "<- best", "", ""]
-    assert [r["best"] for r in marked(rows[2:], OBJECTIVE)] == ["", "<- misses SLO"]
+    good = partial(meets, objective=OBJECTIVE)
+    assert targets.best_row(rows, good) is rows[1]
+    assert [r["best"] for r in targets.marked(rows, good, "<- misses SLO")] == ["", "<- best", "", ""]
+    assert [r["best"] for r in targets.marked(rows[2:], good, "<- misses SLO")] == ["", "<- misses SLO"]
 
 
 def test_the_price():

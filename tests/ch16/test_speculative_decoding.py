@@ -12,10 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ch16 import speculative_decoding
-from ch16.parts.speculative_decoding.cached import CachedModel, draw, to_distributions
-from ch16.parts.speculative_decoding.checks import load_tokenizer
-from ch16.parts.speculative_decoding.drafts import ModelDraft, NgramDraft, first_layers
-from ch16.parts.speculative_decoding.sizes import sizes_for
+from ch16.parts.speculative_decoding import engine
+from ch16.parts.speculative_decoding.checks import load_tokenizer, sizes_for
+from ch16.parts.speculative_decoding.drafts import (
+    CachedModel,
+    ModelDraft,
+    NgramDraft,
+    draw,
+    first_layers,
+    to_distributions,
+)
 from ch16.parts.speculative_decoding.waves import DecodedWave
 from ch16.speculative_decoding import decode, main, measure_engine, residual, speculate, verify
 from common import models
@@ -189,7 +195,7 @@ def test_a_greedy_target_keeps_what_it_would_say(p, guess, seed):
 
 
 def counters(drafts, accepted):
-    return {"drafts": drafts, "accepted": accepted, "complete": 0}
+    return drafts, accepted, 0
 
 
 def test_engines_are_compared_in_turn(monkeypatch):
@@ -204,9 +210,9 @@ def test_engines_are_compared_in_turn(monkeypatch):
             return DecodedWave([[1, 2], [3, 4]], [(1.3, [3] * batch)] + [(1.5, [1] * batch)] * 9)
         return DecodedWave([[1, 2], [3, 5]], [(1.2, [3] * batch)] * 4)
 
-    monkeypatch.setattr(speculative_decoding, "batched", wave)
-    monkeypatch.setattr(speculative_decoding, "read_counters", lambda llm: next(readings))
-    monkeypatch.setattr(speculative_decoding, "logprob_gap", lambda *where: asked.append(where) or 0.03)
+    monkeypatch.setattr(engine, "batched", wave)
+    monkeypatch.setattr(engine, "read_counters", lambda llm: next(readings))
+    monkeypatch.setattr(engine, "logprob_gap", lambda *where: asked.append(where) or 0.03)
     sizes = replace(sizes_for(detect("cpu"), quick=True, tokens=None, gamma=2), rounds=3, batches=(1,))
     rows, theory = measure_engine("plain", "fast", "n-gram", 2, {"copying": [[7], [8]], "free": [[9]]}, sizes)
     assert sent == [("plain", 1), ("fast", 1)] * 8
@@ -222,8 +228,8 @@ def test_engines_are_compared_in_turn(monkeypatch):
 
 def test_an_engine_that_always_drafts_has_no_pass_without(monkeypatch):
     readings = iter([counters(0, 0), counters(12, 12)])
-    monkeypatch.setattr(speculative_decoding, "batched", lambda *_: DecodedWave([[1]], [(1.0, [1])] * 4))
-    monkeypatch.setattr(speculative_decoding, "read_counters", lambda llm: next(readings))
+    monkeypatch.setattr(engine, "batched", lambda *_: DecodedWave([[1]], [(1.0, [1])] * 4))
+    monkeypatch.setattr(engine, "read_counters", lambda llm: next(readings))
     sizes = replace(sizes_for(detect("cpu"), quick=True, tokens=None, gamma=2), rounds=3, batches=(1,))
     _, theory = measure_engine("plain", "fast", "EAGLE", 2, {"copying": [[7]]}, sizes)
     assert theory[0]["idle_cost"] == 1 and "predicted" not in theory[0], "no pass surely verified a draft"
@@ -231,10 +237,8 @@ def test_an_engine_that_always_drafts_has_no_pass_without(monkeypatch):
 
 def test_many_requests_at_once_have_rounds_of_their_own(monkeypatch):
     sent = []
-    monkeypatch.setattr(
-        speculative_decoding, "batched", lambda llm, *what: sent.append(llm) or DecodedWave([[1]], [(1, [1])])
-    )
-    monkeypatch.setattr(speculative_decoding, "read_counters", lambda llm: counters(0, 0))
+    monkeypatch.setattr(engine, "batched", lambda llm, *what: sent.append(llm) or DecodedWave([[1]], [(1, [1])]))
+    monkeypatch.setattr(engine, "read_counters", lambda llm: counters(0, 0))
     sizes = sizes_for(detect("cpu"), quick=True, tokens=None, gamma=2)
     sizes = replace(sizes, rounds=5, rounds_together=2, batches=(16,))
     rows, theory = measure_engine("plain", "fast", "n-gram", 2, {"copying": [[7]]}, sizes)

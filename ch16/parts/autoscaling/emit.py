@@ -53,33 +53,21 @@ def manifest(spec: Spec, target: float, comments: Sequence[str]) -> str:
 
 def _rules(rules: Rules) -> dict:
     # Not the tolerance: its default may be another on a cluster, and old API servers do not know the field.
-    return {
-        "stabilizationWindowSeconds": rules.window_s,
-        "selectPolicy": rules.select,
-        "policies": [
-            {"type": policy.kind, "value": policy.value, "periodSeconds": policy.period_s} for policy in rules.policies
-        ],
-    }
+    policies = [{"type": one.kind, "value": one.value, "periodSeconds": one.period_s} for one in rules.policies]
+    return {"stabilizationWindowSeconds": rules.window_s, "selectPolicy": rules.select, "policies": policies}
 
 
 def read_spec(path: str | Path) -> Spec:
     """Replicas and behaviour of the first HorizontalPodAutoscaler in a YAML file, without its metrics.
 
-    Missing fields have Kubernetes' defaults, as in the API server.
-
-    Raises:
-        CannotRun: the file cannot be read, has no such object, or one that the API server would refuse.
+    Missing fields have Kubernetes' defaults. CannotRun: no such file or object, or one the API server would refuse.
     """
     try:
         documents = list(yaml.safe_load_all(Path(path).read_text()))
         said = next(item["spec"] for item in documents if isinstance(item, dict) and item.get("kind") == KIND)
-        behavior = said.get("behavior") or {}
-        return Spec(
-            said.get("minReplicas", 1),
-            said["maxReplicas"],
-            _rules_of(behavior.get("scaleUp") or {}, SCALE_UP),
-            _rules_of(behavior.get("scaleDown") or {}, SCALE_DOWN),
-        )
+        behavior, fewest = said.get("behavior") or {}, said.get("minReplicas", 1)
+        up, down = behavior.get("scaleUp") or {}, behavior.get("scaleDown") or {}
+        return Spec(fewest, said["maxReplicas"], _rules_of(up, SCALE_UP), _rules_of(down, SCALE_DOWN))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise CannotRun(f"cannot read {path}: {first_line(error)}") from None
     except StopIteration:

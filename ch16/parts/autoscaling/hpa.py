@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-SELECT = ("Max", "Min", "Disabled")
-
 
 @dataclass(frozen=True)
 class Policy:
@@ -31,11 +29,7 @@ SCALE_DOWN = Rules((Policy("Percent", 100, 15),), window_s=300)
 
 @dataclass(frozen=True)
 class Spec:
-    """What a manifest says, without its metrics.
-
-    Raises:
-        ValueError: what the API server would refuse.
-    """
+    """What a manifest says, without its metrics; a ValueError for what the API server would refuse."""
 
     min_replicas: int
     max_replicas: int
@@ -46,7 +40,8 @@ class Spec:
         if not 1 <= self.min_replicas <= self.max_replicas:
             raise ValueError(f"{self.min_replicas} to {self.max_replicas} replicas")
         for rules in (self.up, self.down):
-            if not 0 <= rules.window_s <= 3600 or rules.select not in SELECT or not 0 <= rules.tolerance < 1:
+            within = 0 <= rules.window_s <= 3600 and 0 <= rules.tolerance < 1
+            if not within or rules.select not in ("Max", "Min", "Disabled"):
                 raise ValueError(f"window {rules.window_s} s, select {rules.select}, tolerance {rules.tolerance}")
             if not rules.policies:
                 raise ValueError("at least one policy in each direction")
@@ -57,34 +52,24 @@ class Spec:
 
 @dataclass(frozen=True)
 class PodsMetric:
-    """A metric that each pod has (type Pods, target AverageValue).
+    """A metric that each pod has (type Pods); `target` is for the mean over pods (AverageValue).
 
-    Args:
-        target: for the mean over pods.
-        values: of the pods that run and gave a value.
-        missing: pods that run and gave none.
-        unready: pods that do not run yet. (A pod that runs and gives a value counts, ready or not, except for CPU.)
+    A pod that runs and gives a value counts, ready or not, except for CPU.
     """
 
     target: float
-    values: tuple[float, ...]
-    missing: int = 0
-    unready: int = 0
+    values: tuple[float, ...]  # of the pods that run and gave one
+    missing: int = 0  # pods that run and gave none
+    unready: int = 0  # pods that do not run yet
 
 
 @dataclass(frozen=True)
 class PoolMetric:
-    """One number for the whole pool (types Object and External), against the target as it is, or per pod.
+    """One number for the whole pool (types Object and External), against the target as it is, or per pod."""
 
-    Args:
-        target: of type Value, or of type AverageValue if `per_pod`.
-        value: the number; None if it could not be fetched.
-        ready: pods that run and are ready.
-    """
-
-    target: float
-    value: float | None
-    ready: int
+    target: float  # of type Value, or of type AverageValue if `per_pod`
+    value: float | None  # None if it could not be fetched
+    ready: int  # pods that run and are ready
     per_pod: bool
 
 

@@ -1,9 +1,13 @@
-"""The real engine: waves of requests, every step timed, and one more wave to check the simulation."""
+"""What the steps of the real engine cost: measured in waves and checked against the simulation, or read from a file."""
 
+import json
+import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ch16.parts.autoscaling.records import as_requests
 from ch16.parts.autoscaling.simulate import Pool, simulate_fixed
+from common.cli import CannotRun
 from common.costs import Costs, TimedStep, check_rows, timed_steps
 from common.load import SteppedEngine, exactly, random_prompts
 from common.timing import percentile
@@ -43,11 +47,28 @@ def check_simulation(llm: "LLM", costs: Costs, slots: int, tokens_in: int, vocab
     _, real_s, real_rate = timed_wave(llm, 2 * slots, tokens_in, vocab_size, seed)
     requests = as_requests([Arrival(0.0, tokens_in, TOKENS_OUT)] * (2 * slots))
     outcome = simulate_fixed(requests, Pool(costs, slots, 1, 0.0), 1)
-    rate = len(requests) * TOKENS_OUT / float(outcome.requests["last_s"].max())
-    return check_rows(
-        {
-            "TTFT P50 s": (percentile(real_s, 50), percentile(outcome.ttft_s, 50)),
-            "TTFT max s": (max(real_s), float(outcome.ttft_s.max())),
-            "output tok/s": (real_rate, rate),
-        }
-    )
+    figures = {
+        "TTFT P50 s": (percentile(real_s, 50), percentile(outcome.ttft_s, 50)),
+        "TTFT max s": (max(real_s), float(outcome.ttft_s.max())),
+        "output tok/s": (real_rate, len(requests) * TOKENS_OUT / float(outcome.requests["last_s"].max())),
+    }
+    return check_rows(figures)
+
+
+def read_costs(path: str) -> tuple[str, Costs, int, float]:
+    """From the JSON of an earlier run: the engine, its costs, its slots, and by how much lengths were multiplied.
+
+    Raises:
+        CannotRun: no such file, or it holds none.
+    """
+    try:
+        row = json.loads(Path(path).read_text())["tables"]["costs"]["rows"][0]
+        parts = [float(row[f"{part}_ms"]) / 1e3 for part in ("base", "sequence", "prompt_token")]
+        source, slots, scale = str(row["source"]), int(row["slots"]), float(row["scale"])
+    except OSError as error:
+        raise CannotRun(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError):
+        raise CannotRun(f"{path} holds no costs; write such a file with: autoscaling.py --json FILE") from None
+    if not (all(0 <= part < math.inf for part in parts) and parts[0] + parts[1] > 0 and slots > 0 < scale < math.inf):
+        raise CannotRun(f"{path} holds costs that no engine has: {parts}, {slots} slots, lengths times {scale}")
+    return source, Costs(*parts), slots, scale

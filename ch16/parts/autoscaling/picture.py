@@ -21,11 +21,7 @@ def message(ratios: Mapping[str, float | None]) -> str:
 
 
 def plot(path: str, results: Report) -> None:
-    """Left: each signal over the load. Right: misses over replica-hours for all targets.
-
-    Args:
-        results: with the tables "costs", "seen", "frontier" and "bursty".
-    """
+    """Left: each signal over the load. Right: misses over replica-hours for all targets."""
     seen, frontier, found = (results.tables[name]["rows"] for name in ("seen", "frontier", "bursty"))
     names = {signal.title: name for name, signal in signals(1).items()}
     figure, (values, costs) = draw(2)

@@ -22,6 +22,7 @@ REPLICA = np.dtype(
         ("busy_s", "f8"),
     ]
 )
+SLOT = np.dtype([("leaves", "i8"), ("name", "i8")])  # the step that gives a request its last token; its index
 REQUEST = np.dtype(
     [
         ("at_s", "f8"),

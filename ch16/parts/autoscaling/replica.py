@@ -13,31 +13,25 @@ from numba import njit
 
 from ch16.parts.autoscaling.records import OFF, SERVING
 
+Seconds = tuple[float, float, float]  # of `Costs`: base, per request, per prompt token
+
 
 @njit
-def _take_steps(
-    replica: np.void,
-    leave: np.ndarray,
-    names: np.ndarray,
-    requests: np.ndarray,
-    base_s: float,
-    sequence_s: float,
-    prompt_token_s: float,
-    until: float,
-) -> None:
+def _take_steps(replica: np.void, slots: np.ndarray, requests: np.ndarray, costs: Seconds, until: float) -> None:
     """All steps of one replica that begin before `until`."""
+    base_s, sequence_s, prompt_token_s = costs
     while replica.clock < until and replica.running + replica.waiting > 0:
         prompt_tokens = 0
-        joined = min(replica.waiting, len(leave) - replica.running)
+        joined = min(replica.waiting, len(slots) - replica.running)
         newest = replica.first
         for _ in range(joined):
             name = replica.first
             replica.first = requests[name].behind
-            at, last = replica.running, replica.step + requests[name].tokens_out
-            while at > 0 and leave[at - 1] < last:
-                leave[at], names[at] = leave[at - 1], names[at - 1]
+            at, leaves = replica.running, replica.step + requests[name].tokens_out
+            while at > 0 and slots[at - 1].leaves < leaves:
+                slots[at] = slots[at - 1]
                 at -= 1
-            leave[at], names[at] = last, name
+            slots[at].leaves, slots[at].name = leaves, name
             replica.running += 1
             replica.held += requests[name].tokens_in - replica.step
             prompt_tokens += requests[name].tokens_in
@@ -46,7 +40,7 @@ def _take_steps(
         seconds = base_s + sequence_s * replica.running + prompt_token_s * prompt_tokens
         count = 1
         if joined == 0:
-            count = leave[replica.running - 1] - replica.step
+            count = slots[replica.running - 1].leaves - replica.step
             if replica.clock + count * seconds > until:
                 count = max(1, int(np.ceil((until - replica.clock) / seconds)))
         replica.clock += count * seconds
@@ -55,36 +49,23 @@ def _take_steps(
         for _ in range(joined):
             requests[newest].first_s = replica.clock
             newest = requests[newest].behind
-        while replica.running > 0 and leave[replica.running - 1] <= replica.step:
+        while replica.running > 0 and slots[replica.running - 1].leaves <= replica.step:
             replica.running -= 1
-            name = names[replica.running]
-            replica.held -= requests[name].tokens_in + requests[name].tokens_out - leave[replica.running]
-            requests[name].last_s = replica.clock
+            slot = slots[replica.running]
+            replica.held -= requests[slot.name].tokens_in + requests[slot.name].tokens_out - slot.leaves
+            requests[slot.name].last_s = replica.clock
 
 
 @njit
 def advance(
-    replicas: np.ndarray,
-    leave: np.ndarray,
-    names: np.ndarray,
-    requests: np.ndarray,
-    sent: int,
-    base_s: float,
-    sequence_s: float,
-    prompt_token_s: float,
-    until: float,
+    replicas: np.ndarray, slots: np.ndarray, requests: np.ndarray, sent: int, costs: Seconds, until: float
 ) -> int:
-    """Serve until `until`: each request goes to the ready replica with the least in flight.
+    """Serve until `until`: each request goes to the ready replica with the least in flight. Returns those sent so far.
 
     Args:
         replicas: [R] of REPLICA; at least one is ready.
-        leave: [R, slots], the step in which each running request gets its last token, falling.
-        names: [R, slots], the index of that request.
-        requests: [N] of REQUEST, by arrival; their times are filled in.
-        sent: requests sent before.
-
-    Returns:
-        Requests sent until now.
+        slots: [R, slots] of SLOT: the running requests, those that leave last first.
+        requests: [N] of REQUEST, by arrival; their times are filled in. The first `sent` were sent before.
     """
     while True:
         now = until if sent == len(requests) else min(until, requests[sent].at_s)
@@ -93,7 +74,7 @@ def advance(
             replica = replicas[r]
             if replica.state == OFF:
                 continue
-            _take_steps(replica, leave[r], names[r], requests, base_s, sequence_s, prompt_token_s, now)
+            _take_steps(replica, slots[r], requests, costs, now)
             if replica.state == SERVING and replica.ready_s <= now:
                 in_flight = replica.running + replica.waiting
                 if best < 0 or in_flight < replicas[best].running + replicas[best].waiting:

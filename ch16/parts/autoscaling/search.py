@@ -17,11 +17,7 @@ class Tried:
 def find_target(
     run: Callable[[float], Tried], low: float, high: float, budget_h: float, count: int, refine: int = 3
 ) -> list[Tried]:
-    """Try `count` targets from `low` to `high`, evenly by ratio, then `refine` rounds of two around the best.
-
-    Returns:
-        All that were tried, by target.
-    """
+    """`count` targets from `low` to `high`, evenly by ratio, then `refine` rounds of two around the best; all tried."""
     targets = [_short(low * (high / low) ** (i / (count - 1))) for i in range(count)]
     tried = {target: run(target) for target in targets}
     for _ in range(refine):

@@ -8,19 +8,12 @@ from ch16.parts.autoscaling.hpa import PodsMetric, PoolMetric
 
 @dataclass(frozen=True)
 class Sample:
-    """One scrape of a replica.
+    """One scrape of a replica."""
 
-    Args:
-        waiting: vllm:num_requests_waiting, without a slot.
-        running: vllm:num_requests_running, decoded together.
-        gpu: the share of the time since the last scrape in which a kernel ran: DCGM_FI_DEV_GPU_UTIL / 100.
-        kv: vllm:kv_cache_usage_perc, the share of the KV cache in use.
-    """
-
-    waiting: int
-    running: int
-    gpu: float
-    kv: float
+    waiting: int  # vllm:num_requests_waiting, without a slot
+    running: int  # vllm:num_requests_running, decoded together
+    gpu: float  # DCGM_FI_DEV_GPU_UTIL / 100: the share of the time since the last scrape in which a kernel ran
+    kv: float  # vllm:kv_cache_usage_perc, the share of the KV cache in use
 
     @property
     def active(self) -> int:
@@ -30,13 +23,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Signal:
-    """A signal to scale on: its name in tables, the fields of Sample it reads, its lowest and highest target.
-
-    Several fields are several metrics in one manifest, all with one target: the autoscaler takes the largest answer.
-    """
+    """A signal to scale on, with its name in tables, its lowest and its highest target."""
 
     title: str
-    gauges: tuple[str, ...]
+    gauges: tuple[str, ...]  # fields of Sample; of several metrics with one target, the largest answer counts
     low: float
     high: float
 

@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 
 from ch16.parts.autoscaling.hpa import History, PodsMetric, PoolMetric, Spec
-from ch16.parts.autoscaling.records import DRAINING, OFF, REPLICA, SERVING
+from ch16.parts.autoscaling.records import DRAINING, OFF, REPLICA, SERVING, SLOT
 from ch16.parts.autoscaling.signals import Sample, Scaler
 from common.costs import Costs
 
@@ -19,36 +19,22 @@ Decide = Callable[[Spec, History, float, int, Sequence[PodsMetric | PoolMetric]]
 
 @dataclass(frozen=True)
 class Pool:
-    """What all replicas have in common.
-
-    Args:
-        costs: of a step.
-        slots: requests decoded together.
-        kv_tokens: capacity of the KV cache.
-        cold_start_s: from asking for a replica to its first request.
-    """
+    """What all replicas have in common."""
 
     costs: Costs
-    slots: int
-    kv_tokens: int
-    cold_start_s: float
+    slots: int  # requests decoded together
+    kv_tokens: int  # capacity of the KV cache
+    cold_start_s: float  # from asking for a replica to its first request
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The times of the requests [N], and the fleet at each turn of the autoscaler [turns].
+    """The times of the requests, and the fleet at each turn of the autoscaler."""
 
-    Args:
-        requests: with their times.
-        asked: replicas from each turn on.
-        samples: of each turn, one per replica that was ready.
-        replica_hours: paid for, cold starts and draining included.
-    """
-
-    requests: np.ndarray
-    asked: np.ndarray
-    samples: list[list[Sample]]
-    replica_hours: float
+    requests: np.ndarray  # [N] of REQUEST
+    asked: np.ndarray  # [turns], replicas from each turn on
+    samples: list[list[Sample]]  # [turns][replicas that were ready]
+    replica_hours: float  # paid for, cold starts and draining included
 
     @property
     def ttft_s(self) -> np.ndarray:
@@ -68,22 +54,18 @@ class Fleet:
     def __init__(self, requests: np.ndarray, pool: Pool) -> None:
         self.requests, self._pool, self._sent = requests.copy(), pool, 0
         self._replicas = np.zeros(0, REPLICA)
-        self._leave = self._names = np.zeros((0, pool.slots), np.int64)
+        self._slots = np.zeros((0, pool.slots), SLOT)
         self._scraped: dict[tuple[int, float], tuple[float, float]] = {}
         self._gone_s = 0.0  # seconds of replicas that are gone
 
     def start(self, count: int, now: float, ready_s: float) -> None:
         """Ask for `count` more replicas, which take requests from `ready_s` on."""
-        free = np.flatnonzero(self._replicas["state"] == OFF)
-        if len(free) < count:
+        if np.count_nonzero(self._replicas["state"] == OFF) < count:
             self._replicas = np.concatenate([self._replicas, np.zeros(count, REPLICA)])
-            rows = np.zeros((count, self._pool.slots), np.int64)
-            self._leave, self._names = np.concatenate([self._leave, rows]), np.concatenate([self._names, rows])
-            free = np.flatnonzero(self._replicas["state"] == OFF)
-        for row in free[:count]:
-            self._replicas[row] = np.zeros((), REPLICA)
-            self._replicas[row]["state"] = SERVING
-            self._replicas[row]["started_s"], self._replicas[row]["ready_s"] = now, ready_s
+            self._slots = np.concatenate([self._slots, np.zeros((count, self._pool.slots), SLOT)])
+        new = np.zeros((), REPLICA)
+        new["state"], new["started_s"], new["ready_s"] = SERVING, now, ready_s
+        self._replicas[np.flatnonzero(self._replicas["state"] == OFF)[:count]] = new
 
     def stop(self, count: int) -> None:
         """Let `count` replicas drain, as a ReplicaSet chooses them: those that are not ready, then the youngest."""
@@ -96,7 +78,7 @@ class Fleet:
         from ch16.parts.autoscaling.replica import advance  # not before the engine has started, see there
 
         costs = astuple(self._pool.costs)
-        self._sent = advance(self._replicas, self._leave, self._names, self.requests, self._sent, *costs, now)
+        self._sent = advance(self._replicas, self._slots, self.requests, self._sent, costs, now)
         drained = (self._replicas["state"] == DRAINING) & (self._replicas["running"] + self._replicas["waiting"] == 0)
         if drained.any():
             self._gone_s += float((now - self._replicas["started_s"][drained]).sum())
@@ -105,9 +87,8 @@ class Fleet:
     def scrape(self, now: float) -> dict[tuple[int, float], Sample]:
         """A sample of each replica that is ready, by its identity."""
         samples, before, self._scraped = {}, self._scraped, {}
-        for row, (state, started_s, ready_s, clock, step, running, waiting, _, _, held, busy_s) in enumerate(
-            self._replicas.tolist()
-        ):
+        for row, replica in enumerate(self._replicas.tolist()):
+            state, started_s, ready_s, clock, step, running, waiting, _, _, held, busy_s = replica
             if state == SERVING and ready_s <= now:
                 busy_s -= max(0.0, clock - now)  # of the step that is under way
                 then_s, then_busy_s = before.get((row, started_s), (ready_s, 0.0))
@@ -131,11 +112,8 @@ def simulate_fleet(requests: np.ndarray, pool: Pool, spec: Spec, scaler: Scaler,
     """
     fleet, history, current = Fleet(requests, pool), History(), spec.min_replicas
     fleet.start(current, 0.0, 0.0)
-    turns = math.ceil(requests["at_s"][-1] / INTERVAL_S) + 1
-    asked = np.zeros(turns, int)
-    samples: list[list[Sample]] = []
-    before: dict[tuple[int, float], Sample] = {}
-    for turn in range(turns):
+    asked, samples, before = [], [], {}
+    for turn in range(math.ceil(requests["at_s"][-1] / INTERVAL_S) + 1):
         now = INTERVAL_S * (turn + 1)
         fleet.advance(now)
         scraped = fleet.scrape(now)
@@ -146,11 +124,11 @@ def simulate_fleet(requests: np.ndarray, pool: Pool, spec: Spec, scaler: Scaler,
         elif wanted < current:
             fleet.stop(current - wanted)
         current, before = wanted, scraped
-        asked[turn] = current
+        asked.append(current)
         samples.append(list(scraped.values()))
     hours = fleet.replica_s(now) / 3600
     fleet.advance(math.inf)
-    return Outcome(fleet.requests, asked, samples, hours)
+    return Outcome(fleet.requests, np.array(asked), samples, hours)
 
 
 def simulate_fixed(requests: np.ndarray, pool: Pool, replicas: int) -> Outcome:

@@ -1,19 +1,21 @@
-"""The tables: their columns, and the rows that need no simulation."""
+"""The tables: their columns, the rows that need no simulation, and the claim."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ch16.parts.autoscaling.search import Tried, best
+from ch16.parts.autoscaling.search import Tried, best, missed_at_price
 from ch16.parts.autoscaling.signals import Signal
 from ch16.parts.autoscaling.simulate import Outcome
 from common.costs import Costs, check_columns
-from common.results import Column
+from common.results import Column, Verdict, judge, not_applicable
 from common.timing import percentile
 
 LOADS = (0.5, 1.0, 2.0, 5.0)  # over the capacity of two replicas
 SETTLED = (0.5, 1.0, 1.5)  # steady loads, in busy replicas
 BUDGETS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)  # over replica-hours of replicas that are always full
+COUNTS = ("queue", "active", "larger")  # the signals that count requests
+FEWER = 1 / 5  # misses of the best signal, over those of GPU utilization for the same replica-hours
 
 COST_COLUMNS = (
     Column("source", "step of"),
@@ -55,10 +57,7 @@ VALUE_COLUMNS = (
 )
 RULES_COLUMNS = (Column("rules", "windows and policies"), *OUTCOME_COLUMNS[1:])
 FRONTIER_COLUMNS = (OUTCOME_COLUMNS[0], OUTCOME_COLUMNS[1], OUTCOME_COLUMNS[2], OUTCOME_COLUMNS[4])
-PRICE_COLUMNS = (
-    Column("signal", "signal"),
-    *(Column(f"b{budget:g}", f"{budget:g}x", ".2f") for budget in BUDGETS),
-)
+PRICE_COLUMNS = (OUTCOME_COLUMNS[0], *(Column(f"b{budget:g}", f"{budget:g}x", ".2f") for budget in BUDGETS))
 
 
 def cost_row(source: str, costs: Costs, slots: int, tokens_in: int, tokens_out: int, scale: float) -> dict:
@@ -90,3 +89,20 @@ def price_rows(frontier: Mapping[str, Sequence[Tried]], chosen: Mapping[str, Sig
             row[f"b{budget:g}"] = found.missed_percent if found.hours <= budget * full_h else None
         rows.append(row)
     return rows
+
+
+def claim(rows: Mapping[str, Mapping], frontier: Sequence[Tried]) -> Verdict:
+    """A1 from the bursty rows by signal; `frontier`: all that utilization gave, which may mix two targets."""
+    counts = [rows[name] for name in COUNTS if name in rows]
+    if "gpu" not in rows or not counts:
+        return not_applicable("A1", "--signals left out GPU utilization or all that count requests")
+    counted = min(counts, key=lambda row: (row["missed_percent"], row["hours"]))
+    gpu, same_price = rows["gpu"], missed_at_price(frontier, counted["hours"])
+    text = (
+        f"simulated, bursty: {counted['missed_percent']:.2f}% misses for {counted['hours']:.1f} replica-hours on "
+        f"{counted['signal']}. GPU utilization: {gpu['missed_percent']:.2f}% for {gpu['hours']:.1f}, and "
+        f"{same_price:.2f}% for as many replica-hours, if two targets may take turns"
+    )
+    if alone := rows.get("queue"):
+        text += f". Queue depth alone: {alone['missed_percent']:.2f}% for {alone['hours']:.1f}"
+    return judge("A1", counted["missed_percent"] <= FEWER * same_price and same_price > 0, text)

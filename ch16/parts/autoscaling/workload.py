@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ch16.parts.autoscaling.records import REQUEST, as_requests
+from ch16.parts.autoscaling.records import as_requests
 from common.cli import CannotRun
 from common.traces import Arrival, at_rate, read_trace, shrink
 
@@ -39,50 +39,36 @@ def diurnal(seconds: float) -> LoadCurve:
 def poisson(
     load: LoadCurve, seconds: float, request_s: float, lengths: Sequence[Arrival], rng: np.random.Generator
 ) -> np.ndarray:
-    """Requests [N] of REQUEST: Poisson arrivals at the rate of a load, lengths drawn from a trace.
-
-    Args:
-        request_s: seconds that a request takes from a busy replica.
-    """
+    """Requests [N] of REQUEST: Poisson arrivals at the rate of a load, each `request_s` of it; lengths from a trace."""
     begins = np.arange(math.ceil(seconds))
     counts = rng.poisson(load(begins + 0.5) / request_s)
     at = np.repeat(begins, counts) + rng.random(counts.sum())
-    requests = np.zeros(len(at), REQUEST)
+    requests = as_requests(lengths)[rng.integers(len(lengths), size=len(at))]
     requests["at_s"] = np.sort(at)
-    drawn = rng.integers(len(lengths), size=len(at))
-    for name in ("tokens_in", "tokens_out"):
-        requests[name] = np.array([getattr(arrival, name) for arrival in lengths])[drawn]
     return requests
 
 
 def read_recorded(path: str | Path, max_gap_s: float) -> list[Arrival]:
     """A recorded trace that can be replayed; repeated until it lasts an hour.
 
-    Args:
-        max_gap_s: without requests, beyond which the recording counts as broken.
-
     Raises:
-        CannotRun: as `read_trace`; times that go back, a gap, or all requests at one time.
+        CannotRun: as `read_trace`; times that go back, `max_gap_s` without requests, or all of them at one time.
     """
     trace = read_trace(path, in_order=True)
     if not trace[-1].at_s:
         raise CannotRun(f"{path}: all {len(trace)} requests come at the same time")
     for earlier, later in itertools.pairwise(trace):
-        if later.at_s - earlier.at_s > max_gap_s:
-            raise CannotRun(
-                f"{path} has a gap: no request for {(later.at_s - earlier.at_s) / 3600:.1f} h from second "
-                f"{earlier.at_s:,.0f} on; if that is no fault of the recording, raise --max-gap-s"
-            )
+        if (gap_s := later.at_s - earlier.at_s) > max_gap_s:
+            gap = f"no request for {gap_s / 3600:.1f} h from second {earlier.at_s:,.0f} on"
+            raise CannotRun(f"{path} has a gap: {gap}; if that is no fault of the recording, raise --max-gap-s")
     rate = (len(trace) - 1) / trace[-1].at_s
     return at_rate(trace, max(len(trace), math.ceil(SHORTEST_S * rate)), rate)
 
 
 def fitted(trace: Sequence[Arrival], busy_s: Callable[[int, int], float], longest: int) -> np.ndarray:
-    """A trace at its own times: requests [N] of REQUEST, lengths scaled to the mean load of `diurnal`.
+    """A trace at its own times: requests [N] of REQUEST of at most `longest` tokens, scaled to the mean of `diurnal`.
 
-    Args:
-        busy_s: seconds that a request takes from a busy replica, by tokens in and out.
-        longest: tokens of a request, at most.
+    `busy_s`: seconds that a request takes from a busy replica, by its tokens in and out.
     """
     factor = DAY_MEAN * trace[-1].at_s / sum(busy_s(arrival.tokens_in, arrival.tokens_out) for arrival in trace)
     return as_requests(shrink(trace, factor, longest))

@@ -1,8 +1,9 @@
 """The picture: slots over time under both policies, and what a larger batch costs and gives."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
-from ch16.parts.continuous_batching.claims import knee_of, span
+from ch16.parts.continuous_batching.tables import knee_of, span
 from common.gpu import Machine
 from common.load import Timeline
 from common.plots import COLOURS, draw, legend_below, save_plot
@@ -13,27 +14,19 @@ BATCHES_SHOWN = 8  # of fixed batches: further ones look the same and would be t
 def plot(
     path: str, timelines: Mapping[str, Timeline], decode: Sequence[Mapping], slots: int, model: str, machine: Machine
 ) -> None:
-    """Draw it.
-
-    Args:
-        timelines: the median run by policy, fixed batches first.
-        decode: rows of DECODE_COLUMNS.
-        slots: of the engine in those runs.
-    """
+    """Draw the median run of each policy, fixed batches first, and the rows of DECODE_COLUMNS."""
     from matplotlib.ticker import LogLocator, MultipleLocator, NullLocator
 
     figure, (running, sizes) = draw(2)
     shown_s, means = 0.0, []
     for (name, timeline), colour in zip(timelines.items(), ("baseline", "variant"), strict=True):
-        start, steps = min(timeline.sent.values()), timeline.steps
-        batches = len(timeline.sent) / slots
-        shown_s = max(shown_s, (steps[-1].ended - start) * min(1, BATCHES_SHOWN / batches))
-        means.append(sum(step.requests for step in steps) / len(steps))
-        seconds, counts = [step.ended - start for step in steps], [step.requests for step in steps]
+        start, batches = min(timeline.sent.values()), len(timeline.sent) / slots
+        seconds, counts = zip(*((step.ended - start, step.requests) for step in timeline.steps), strict=True)
+        shown_s = max(shown_s, seconds[-1] * min(1, BATCHES_SHOWN / batches))
+        means.append(fmean(counts))
         running.step(seconds, counts, where="pre", lw=1.5, color=COLOURS[colour], label=name)
-    running.set(
-        title="requests running", xlabel="seconds", ylabel="requests", ylim=(0, 1.05 * slots), xlim=(0, shown_s)
-    )
+    running.set(title="requests running", xlabel="seconds", ylabel="requests")
+    running.set(ylim=(0, 1.05 * slots), xlim=(0, shown_s))
     running.yaxis.set_major_locator(MultipleLocator(max(1, slots // 8)))
     legend_below(running)
 

@@ -28,7 +28,7 @@ def cannot_separate(machine: Machine) -> str:
     return "" if machine.cores > 1 else "one core"
 
 
-class PrefillEngine:
+class PrefillEngine(contextlib.AbstractContextManager):
     """An engine like this process's on the other half of the cores, or the second GPU; a context manager.
 
     Its prompts queue and are read one by one. Their KV cache is not sent anywhere. Its methods raise CannotRun if its
@@ -42,10 +42,6 @@ class PrefillEngine:
         self._process.start()
         childs_end.close()  # so that the end of the process is the end of the pipe
 
-    def wait_ready(self) -> None:
-        """Return when the engine runs."""
-        self._receive()
-
     def send(self, prompt: Sequence[int]) -> None:
         """Queue a prompt."""
         try:
@@ -53,11 +49,8 @@ class PrefillEngine:
         except OSError:
             raise CannotRun(GONE) from None
 
-    def finished(self) -> float:
-        """When the next prompt in the queue was done, by `time.perf_counter`, which all processes share."""
-        return self._receive()
-
-    def _receive(self) -> float:
+    def wait(self) -> float:
+        """Until the engine runs, then until the next prompt is done: when that was, by the clock of all processes."""
         try:
             answer = self._pipe.recv()
         except (EOFError, OSError):
@@ -65,9 +58,6 @@ class PrefillEngine:
         if isinstance(answer, str):
             raise CannotRun(f"the prefill engine: {answer}")
         return answer
-
-    def __enter__(self) -> "PrefillEngine":
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self._process.kill()  # its work is not needed any more
@@ -91,10 +81,8 @@ def _work(pipe: Connection, end_of_script: Connection, settings: dict[str, objec
         os.environ["CUDA_VISIBLE_DEVICES"] = device_names(machine)[1]
     else:
         cores = half_of_cores(1)
-        os.environ["OMP_NUM_THREADS"] = str(
-            len(cores)
-        )  # for OpenMP runtimes loaded later; a fork inherits some that counted all cores
-        _compute_on(cores, _openmp())
+        os.environ["OMP_NUM_THREADS"] = str(len(cores))  # for OpenMP runtimes loaded later
+        _compute_on(cores, dict.fromkeys(_openmp(), len(cores)))  # a fork inherits some that counted all cores
     with contextlib.suppress(EOFError, BrokenPipeError):  # the script is gone
         try:
             llm, _ = start_engine(settings)
@@ -117,27 +105,24 @@ def half_of_cores(which: int) -> set[int]:
 
 
 @contextlib.contextmanager
-def on_half_the_cores(machine: Machine) -> Iterator[None]:
-    """The engine of this process computes on the first half of the cores; on GPUs nothing changes."""
-    if machine.device == "cuda":
-        yield
-        return
-    all_cores, runtimes = os.sched_getaffinity(0), _openmp()
-    threads = [runtime.omp_get_max_threads() for runtime in runtimes]
-    _compute_on(half_of_cores(0), runtimes)
+def on_half_the_cores() -> Iterator[None]:
+    """The engine of this process computes on the first half of the cores."""
+    all_cores, half = os.sched_getaffinity(0), half_of_cores(0)
+    threads = {runtime: runtime.omp_get_max_threads() for runtime in _openmp()}
+    _compute_on(half, dict.fromkeys(threads, len(half)))
     try:
         yield
     finally:
-        _move_threads(all_cores)
-        for runtime, before in zip(runtimes, threads, strict=True):
-            runtime.omp_set_num_threads(before)
+        _compute_on(all_cores, threads)
 
 
-def _compute_on(cores: set[int], runtimes: Sequence[ctypes.CDLL]) -> None:
-    """All threads of this process on these cores, and per OpenMP runtime one thread per core."""
-    _move_threads(cores)
-    for runtime in runtimes:
-        runtime.omp_set_num_threads(len(cores))
+def _compute_on(cores: set[int], threads: Mapping[ctypes.CDLL, int]) -> None:
+    """All threads of this process on these cores, and so many threads per OpenMP runtime."""
+    for task in Path("/proc/self/task").iterdir():  # each thread has its own affinity
+        with contextlib.suppress(ProcessLookupError):  # it ended just now
+            os.sched_setaffinity(int(task.name), cores)
+    for runtime, count in threads.items():
+        runtime.omp_set_num_threads(count)
 
 
 def _openmp() -> list[ctypes.CDLL]:
@@ -147,12 +132,5 @@ def _openmp() -> list[ctypes.CDLL]:
     loaded first.
     """
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
-    return [
-        ctypes.CDLL(path) for path in sorted(mapped) if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))
-    ]
-
-
-def _move_threads(cores: set[int]) -> None:
-    for task in Path("/proc/self/task").iterdir():  # each thread has its own affinity
-        with contextlib.suppress(ProcessLookupError):  # it ended just now
-            os.sched_setaffinity(int(task.name), cores)
+    names = ("libgomp", "libiomp", "libomp")
+    return [ctypes.CDLL(path) for path in sorted(mapped) if Path(path).name.startswith(names)]

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -16,31 +17,15 @@ from ch16.parts.fp8_quant import layers as our_layers
 from ch16.parts.fp8_quant.precision import Precision, calibrate, held_bytes, load_quantized, require_multiples
 from ch16.parts.fp8_quant.sizes import Fp8Sizes
 from common.cli import CannotRun
-from common.results import Column
 from common.text import token_windows
 
 BF16_ENDS = (1, 2, 4)  # so many first and last blocks are left in BF16
 CALIBRATION_WINDOWS = 4  # the last ones; delayed scaling sees them, and they are not scored
 LOGITS_ROWS = 128  # tokens whose logits exist at a time: 128 x 49,152 floats stay in the cache
 
-ACCURACY_COLUMNS = (
-    Column("recipe", "recipe"),
-    Column("tokens", "tokens", ",d"),
-    Column("perplexity", "perplexity", ".3f"),
-    Column("perplexity_ratio", "FP8 / BF16", ".4f"),
-    Column("agreement_percent", "same top-1 %", ".1f"),
-    Column("top1_percent", "top-1 right %", ".2f"),
-    Column("top1_lost_percent", "top-1 lost %", ".2f"),
-    Column("weight_ratio", "weight ratio", ".3f"),
-)
-
 
 def windows_of(text: str, tokenizer: object, length: int, tokens: int) -> torch.Tensor:
-    """The text's first token ids as windows [N, length]: at least `tokens` tokens to score, then those to calibrate.
-
-    Raises:
-        CannotRun: the text is too short.
-    """
+    """The text's first token ids as windows [N, length]: at least `tokens` tokens to score, then those to calibrate."""
     count = math.ceil(tokens / (length - 1)) + CALIBRATION_WINDOWS
     return token_windows(text, tokenizer, count, length, f" to score {tokens:,}")
 
@@ -63,7 +48,7 @@ class Scores:
 
 
 def compare(scores: Scores, reference: Scores) -> dict[str, float]:
-    """A reading against the reference's reading of the same tokens. Keys: those of ACCURACY_COLUMNS."""
+    """A reading against the reference's reading of the same tokens, by keys of ACCURACY_COLUMNS."""
     tokens = len(scores.loss)
     right = reference.top1_percent(tokens)
     return {
@@ -99,8 +84,7 @@ def score(model: nn.Module, windows: torch.Tensor, batch: int, precision: Precis
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers that are quantized, by name: all but the output head, which stays in BF16 as in vLLM.
 
-    Raises:
-        CannotRun: there are none, or FP8 cannot take their sizes.
+    CannotRun if there are none, or FP8 cannot take their sizes.
     """
     head = model.get_output_embeddings()
     found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
@@ -122,11 +106,10 @@ def convert(
 
     def build(original: nn.Linear) -> nn.Module:
         options = {"params_dtype": original.weight.dtype, "device": original.weight.device}
+        options["bias"] = original.bias is not None
         if precision.te is our_layers:  # its weights are replaced at once: random ones would take seconds
             options["init_method"] = nn.init.zeros_
-        return precision.te.Linear(
-            original.in_features, original.out_features, bias=original.bias is not None, **options
-        )
+        return precision.te.Linear(original.in_features, original.out_features, **options)
 
     if precision.calibrated and len(calibration):
         for name, original in originals.items():  # the same weights, in layers that can be calibrated
@@ -152,17 +135,14 @@ def hardest_input(model: nn.Module, names: Sequence[str], window: torch.Tensor) 
     """The linear layer whose input has the largest outliers (max over root mean square), and that input [T, K]."""
     hardest: tuple[float, str, torch.Tensor | None] = (0.0, "", None)
 
-    def look(name: str) -> Callable:
-        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            nonlocal hardest
-            x = inputs[0].flatten(0, -2).float()
-            ratio = (x.abs().max() / x.square().mean().sqrt()).item()
-            if ratio > hardest[0]:
-                hardest = (ratio, name, x.to(torch.bfloat16))
+    def look(name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal hardest
+        x = inputs[0].flatten(0, -2).float()
+        ratio = (x.abs().max() / x.square().mean().sqrt()).item()
+        if ratio > hardest[0]:
+            hardest = (ratio, name, x.to(torch.bfloat16))
 
-        return hook
-
-    hooks = [model.get_submodule(name).register_forward_pre_hook(look(name)) for name in names]
+    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(look, name)) for name in names]
     model.base_model(window.to(next(model.parameters()).device)[None])
     for hook in hooks:
         hook.remove()
@@ -192,33 +172,34 @@ def measure_accuracy(
     bf16_bytes = sum(held_bytes(network.get_submodule(name)) for name in names)
     reference = score(network, scored, sizes.batch, Precision("BF16"), "BF16")
 
-    def read(precision: Precision, label: str, text: torch.Tensor, converted: Sequence[str], calibrated: bool) -> dict:
-        restore = convert(network, converted, precision, examples if calibrated else [])
+    def read(
+        precision: Precision, label: str, text: torch.Tensor, converted: Sequence[str], seen: Sequence = examples
+    ) -> dict:
+        restore = convert(network, converted, precision, seen)
         held = sum(held_bytes(network.get_submodule(name)) for name in names)
         scores = score(network, text, sizes.batch, precision, label)
         restore()
         return {"recipe": label, "weight_ratio": held / bf16_bytes, **compare(scores, reference)}
 
-    rows, best = [], None  # best: its row, its recipe, the layers that are in FP8
+    best_of = partial(min, key=lambda attempt: attempt[0]["perplexity"])
+    rows, tried = [], []  # tried, with products in FP8: the row, its recipe, the layers that are in FP8
     for precision in precisions:
         if precision.calibrated:
-            rows.append(read(precision, f"{precision.name}, not calibrated", trial, names, False))
-        rows.append(read(precision, precision.name, trial, names, True))
-        if precision.name != "weights" and (best is None or rows[-1]["perplexity"] < best[0]["perplexity"]):
-            best = (rows[-1], precision, names)
-    for ends in BF16_ENDS if best else ():
-        _, precision, _ = best
-        if middle := inner(names, ends):
-            label = f"{precision.name}, first and last {ends} BF16"
-            rows.append(read(precision, label, trial, middle, True))
-            if rows[-1]["perplexity"] < best[0]["perplexity"]:
-                best = (rows[-1], precision, middle)
-    if best:
-        row, precision, converted = best
+            rows.append(read(precision, f"{precision.name}, not calibrated", trial, names, seen=[]))
+        rows.append(read(precision, precision.name, trial, names))
+        if precision.name != "weights":
+            tried.append((rows[-1], precision, names))
+    if tried:
+        _, precision, _ = best_of(tried)
+        for ends in BF16_ENDS:
+            if middle := inner(names, ends):
+                rows.append(read(precision, f"{precision.name}, first and last {ends} BF16", trial, middle))
+                tried.append((rows[-1], precision, middle))
+        row, _, converted = best_of(tried)
         if len(trial) == len(scored):  # it has read everything already
             rows.remove(row)
         else:
-            row = read(precision, row["recipe"], scored, converted, True)
+            row = read(precision, row["recipe"], scored, converted)
         rows.append(row)
     whole = {"tokens": len(reference.loss), "perplexity": reference.perplexity(), "weight_ratio": 1.0}
     return [{"recipe": "BF16", **whole, "top1_percent": reference.top1_percent()}, *rows]

@@ -3,28 +3,8 @@
 import torch
 
 from common.fp8 import ACTIVATION_BLOCK, E4M3, E5M2, SCALINGS, WEIGHT_BLOCK, dequantize, quantize
-from common.results import Column
 
 FORMATS = {"E4M3": E4M3, "E5M2": E5M2, "FP16": torch.float16, "BF16": torch.bfloat16}
-
-FORMAT_COLUMNS = (
-    Column("format", "format"),
-    Column("bits", "bits", "d"),
-    Column("largest", "largest", ".4g"),
-    Column("smallest_normal", "smallest normal", ".3g"),
-    Column("smallest", "smallest", ".3g"),
-    Column("steps", "steps from 2^n to 2^(n+1)", ",d"),
-    Column("rounding_percent", "rounding error up to %", ".2g"),
-)
-ERROR_COLUMNS = (
-    Column("tensor", "tensor"),
-    Column("format", "format"),
-    Column("scaling", "one scale per"),
-    Column("error_percent", "relative error %", ".2f"),
-    Column("row_error_percent", "mean over rows %", ".2f"),
-    Column("zeroed_percent", "rounded to zero %", ".3f"),
-    Column("saturated_percent", "saturated %", ".4f"),
-)
 
 
 def format_row(name: str) -> dict[str, float | str]:
@@ -42,7 +22,7 @@ def format_row(name: str) -> dict[str, float | str]:
 
 
 def error_row(x: torch.Tensor, scaling: str, name: str, block: tuple[int, int]) -> dict[str, float | str]:
-    """What quantizing `x` loses: ||x - q|| / ||x|| of the matrix, its mean over rows, and values gone to zero or full.
+    """What quantizing x [M, K] to format `name` loses, without the name of the tensor.
 
     A few outliers make most of the matrix's norm; the mean over rows (tokens, output channels) counts all alike.
     """

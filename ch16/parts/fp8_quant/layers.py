@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -37,6 +38,8 @@ RECIPES = {
     "weights": Scaling("row", "bf16"),  # FP8 weights, BF16 activations and products: memory only
     "unscaled": Scaling("none", "none"),
 }
+
+random_weight = partial(nn.init.normal_, std=0.023)  # as Transformer Engine fills weights
 
 _weights_in: ContextVar[Scaling | None] = ContextVar("weights_in", default=None)
 _computing_in: ContextVar[Scaling | None] = ContextVar("computing_in", default=None)
@@ -75,11 +78,6 @@ def scaled_product(x: Quantized, weight: Quantized) -> torch.Tensor:
         return torch._scaled_mm(x.values, weight.values.t(), *scales, out_dtype=torch.bfloat16)
     product = decode(x.values) @ decode(weight.values).t()
     return product * x.inverse.view(-1, 1).to(product.dtype) * weight.inverse.flatten().to(product.dtype)  # exact
-
-
-def random_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Fill a weight as Transformer Engine does."""
-    return nn.init.normal_(weight, std=0.023)
 
 
 class Linear(nn.Module):

@@ -79,11 +79,7 @@ def recipe_names(text: str) -> list[str]:
 
 
 def sizes_from(args: argparse.Namespace, machine: Machine) -> Fp8Sizes:
-    """The machine's sizes, with what the flags change.
-
-    Raises:
-        CannotRun: FP8 cannot take them.
-    """
+    """The machine's sizes, with what the flags change; CannotRun if FP8 cannot take them."""
     sizes = sizes_for(machine, args.quick)
     given = {"hidden": args.hidden_size, "heads": args.num_heads, "layers": args.num_layers}
     given |= {"prefill": args.tokens, "eval_tokens": args.eval_tokens}
@@ -92,12 +88,10 @@ def sizes_from(args: argparse.Namespace, machine: Machine) -> Fp8Sizes:
         sizes = replace(sizes, kv_heads=math.gcd(sizes.heads, sizes.kv_heads))
     if sizes.hidden % sizes.heads:
         raise CannotRun(f"--hidden-size {sizes.hidden} does not divide into --num-heads {sizes.heads}")
-    require_multiples(**{"--hidden-size": sizes.hidden})
-    for layer, (_, n) in sizes.layer_shapes.items():
-        require_multiples(**{f"the output of {layer}": n})
-    if args.tokens is not None:
-        whole = args.tokens % sizes.sequence == 0
-        sizes = replace(sizes, sequence=sizes.sequence if whole else args.tokens)  # otherwise one sequence
+    outputs = {f"the output of {layer}": n for layer, (_, n) in sizes.layer_shapes.items()}
+    require_multiples(**{"--hidden-size": sizes.hidden}, **outputs)
+    if args.tokens is not None and args.tokens % sizes.sequence:
+        sizes = replace(sizes, sequence=args.tokens)  # all of them in one sequence
     if len(args.recipes) < len(RECIPES) and not args.quick:  # fewer recipes: more text for each
         sizes = replace(sizes, trial_tokens=8 * sizes.trial_tokens)
     return replace(sizes, trial_tokens=min(sizes.trial_tokens, sizes.eval_tokens))
@@ -109,10 +103,7 @@ def check_memory(machine: Machine, sizes: Fp8Sizes, model: models.Model) -> None
     product = max(sizes.gemm_tokens, default=0) * sizes.hidden * 4 * 2 * 6  # six outputs are kept
     stack = 1.5 * sizes.bf16_weight_bytes + widest
     reading = 3 * (models.parameter_count(model.config) or 0) + sizes.batch * sizes.window * 8192
-    needed = max(stack, product, reading)
-    free = free_bytes(machine)
+    needed, free = max(stack, product, reading), free_bytes(machine)
     if needed > free:
-        raise CannotRun(
-            f"about {needed / 2**30:.0f} GiB of memory are needed and {free / 2**30:.0f} GiB are free; "
-            "choose a smaller --hidden-size, --num-layers, --tokens or --model"
-        )
+        memory = f"about {needed / 2**30:.0f} GiB of memory are needed and {free / 2**30:.0f} GiB are free"
+        raise CannotRun(f"{memory}; choose a smaller --hidden-size, --num-layers, --tokens or --model")

@@ -6,10 +6,11 @@ and the framework between them.
 """
 
 import re
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 
 from torch.profiler import profile
 
@@ -26,27 +27,21 @@ KINDS = (PRODUCTS, ATTENTION, ELEMENTWISE, COPIES, GAPS)
 
 # The first pattern that is found in the name decides; what none knows is element-wise. Kernel names are those of
 # cuBLAS, CUTLASS, cuDNN, FlashAttention, Triton and vLLM, operator names ATen's and vLLM's.
-PATTERNS = tuple(
-    (kind, re.compile(pattern, re.IGNORECASE))
-    for kind, pattern in (
-        # Fused by torch.compile: the name lists what went into it, products among them never.
-        (ELEMENTWISE, r"^triton_(poi|red|per)|cpp_fused"),
-        (COPIES, r"reshape_and_cache|kv_cache_update|memcpy|memset"),
-        (ATTENTION, r"flash|fmha|sdpa|scaled_dot_product|attention|paged"),
-        (
-            PRODUCTS,
-            r"gemm|gemv|nvjet|cutlass|xmma|wgmma|split_?k|"
-            r"::(addmm|b?mm|mv|dot|baddbmm|linear|matmul|_linear\w*)$|_mm$",
-        ),
-        (COPIES, r"copy|CatArray|::(cat|clone|contiguous|fill_|zero_|zeros|embedding|index_select)$"),
-        # Views, allocations and reading a number back move no data: they are the framework's own work.
-        (
-            GAPS,
-            r"::(_?unsafe_view|view|v?split\w*|reshape|slice|t|transpose|permute|as_strided|(un)?squeeze|expand|"
-            r"empty\w*|new_empty|chunk|narrow|select|alias|detach|item|_local_scalar_dense|result_type|(un)?flatten|"
-            r"resolve_\w+|lift_fresh|to|is_nonzero)$|^TorchDynamo|^Torch-Compiled|CompiledFxGraph",
-        ),
-    )
+PATTERNS = (
+    # Fused by torch.compile: the name lists what went into it, products among them never.
+    (ELEMENTWISE, r"^triton_(poi|red|per)|cpp_fused"),
+    (COPIES, r"reshape_and_cache|kv_cache_update|memcpy|memset"),
+    (ATTENTION, r"flash|fmha|sdpa|scaled_dot_product|attention|paged"),
+    (PRODUCTS, r"gemm|gemv|nvjet|cutlass|xmma|wgmma|split_?k"),
+    (PRODUCTS, r"::(addmm|b?mm|mv|dot|baddbmm|linear|matmul|_linear\w*)$|_mm$"),
+    (COPIES, r"copy|CatArray|::(cat|clone|contiguous|fill_|zero_|zeros|embedding|index_select)$"),
+    # Views, allocations and reading a number back move no data: they are the framework's own work.
+    (
+        GAPS,
+        r"::(_?unsafe_view|view|v?split\w*|reshape|slice|t|transpose|permute|as_strided|(un)?squeeze|expand|"
+        r"empty\w*|new_empty|chunk|narrow|select|alias|detach|item|_local_scalar_dense|result_type|(un)?flatten|"
+        r"resolve_\w+|lift_fresh|to|is_nonzero)$|^TorchDynamo|^Torch-Compiled|CompiledFxGraph",
+    ),
 )
 
 OPERATION_COLUMNS = (
@@ -63,30 +58,31 @@ class Profile:
     """Named phases under the profiler."""
 
     trace: Trace
+    spans: Mapping[str, Event]  # the phases in the trace
     seconds: Mapping[str, float]  # wall time per phase by the host's clock, the profiler running
 
-    @cached_property
-    def spans(self) -> dict[str, Event]:
-        """The phases in the trace."""
-        return {name: self.trace.span(name) for name in self.seconds}
+    @staticmethod
+    def of(trace: Trace, seconds: Mapping[str, float]) -> "Profile":
+        """Phases that are ranges of their names; CannotRun if the trace lacks one."""
+        return Profile(trace, {name: trace.span(name) for name in seconds}, seconds)
 
-    @cached_property
+    @property
     def operations(self) -> list[dict]:
         """Rows of OPERATION_COLUMNS: the ten with the most device time."""
         return top_operations(self.trace, list(self.spans.values()))
 
+    @property
     def parts(self) -> dict[str, dict[str, float]]:
-        """Seconds per kind of work, by phase.
+        """Seconds per kind of work, by phase."""
+        return {name: time_by_kind(self.trace, span) for name, span in self.spans.items()}
 
-        Raises:
-            CannotRun: they do not sum to the wall time, or the device worked outside the phases.
-        """
-        parts = {name: time_by_kind(self.trace, span) for name, span in self.spans.items()}
+    def checked_parts(self) -> dict[str, dict[str, float]]:
+        """`parts`; CannotRun if they do not sum to the wall time, or the device worked outside the phases."""
+        parts = self.parts
         for name, times in parts.items():
-            if abs(sum(times.values()) - self.seconds[name]) > SUM_TOLERANCE * self.seconds[name] + RANGE_S:
-                raise CannotRun(
-                    f"the parts of {name} sum to {sum(times.values()):.4f} s, its wall time is {self.seconds[name]:.4f}"
-                )
+            whole, wall = sum(times.values()), self.seconds[name]
+            if abs(whole - wall) > SUM_TOLERANCE * wall + RANGE_S:
+                raise CannotRun(f"the parts of {name} sum to {whole:.4f} s, its wall time is {wall:.4f}")
         inside = sum(times[kind] for times in parts.values() for kind in KINDS if kind != GAPS)
         begin = min(span.start for span in self.spans.values())
         ends = [kernel.end for kernel in self.trace.kernels if kernel.start >= begin]
@@ -97,16 +93,18 @@ class Profile:
         return parts
 
 
-def profiled(phases: Callable[[], Mapping[str, float]], on_gpu: bool, trace_file: str, memory: bool = False) -> Profile:
-    """Profile `phases`, which returns the seconds of each."""
+def profiled(phases: Callable[[], Mapping[str, float]], on_gpu: bool, memory: bool = False) -> Profile:
+    """Profile `phases`, which returns the seconds of each, and keep no file."""
     with profile(activities=activities(on_gpu), profile_memory=memory) as profiler:
         seconds = phases()
-    return Profile(export(profiler, trace_file, memory), seconds)
+    with tempfile.TemporaryDirectory() as folder:
+        return Profile.of(export(profiler, f"{folder}/trace.json", memory), seconds)
 
 
+@cache
 def kind_of(name: str) -> str:
     """The kind of work that an operator or a kernel of this name does."""
-    return next((kind for kind, pattern in PATTERNS if pattern.search(name)), ELEMENTWISE)
+    return next((kind for kind, pattern in PATTERNS if re.search(pattern, name, re.IGNORECASE)), ELEMENTWISE)
 
 
 def time_by_kind(trace: Trace, span: Event) -> dict[str, float]:
@@ -127,17 +125,12 @@ def top_operations(trace: Trace, spans: Sequence[Event], count: int = 10) -> lis
             seconds[event.name] += share
             calls[event.name] += 1
     whole = sum(span.seconds for span in spans)
-    names = sorted(seconds, key=seconds.__getitem__, reverse=True)[:count]
-    return [
-        {
-            "name": _short(name),
-            "kind": kind_of(name),
-            "calls": calls[name],
-            "ms": 1e3 * seconds[name],
-            "percent": 100 * seconds[name] / whole,
-        }
-        for name in names
-    ]
+
+    def row(name: str) -> dict:
+        times = {"ms": 1e3 * seconds[name], "percent": 100 * seconds[name] / whole}
+        return {"name": _short(name), "kind": kind_of(name), "calls": calls[name], **times}
+
+    return [row(name) for name in sorted(seconds, key=seconds.__getitem__, reverse=True)[:count]]
 
 
 def _short(name: str, limit: int = 50) -> str:

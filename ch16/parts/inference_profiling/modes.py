@@ -57,9 +57,7 @@ class Decoder:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens [B, steps] and logits [B, steps, vocab] of `steps` steps after the prompt.
 
-        Args:
-            given: tokens [B, steps] that replace the step's own: a near-tie that flips by rounding then does not change
-                the later steps.
+        Tokens that are `given` replace the step's own: a near-tie that flips by rounding does not change later steps.
         """
         self.rewind()
         tokens, logits = [], []
@@ -73,15 +71,9 @@ class Decoder:
 
 
 def launch_modes(decoder: Decoder, compiled: bool) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
-    """Modes to launch `decoder.step`, eager first, and the seconds to prepare each.
+    """Modes to launch `decoder.step`, eager first, and the seconds to prepare each; CannotRun if the compiler fails.
 
     A step that is not replayable has eager mode only.
-
-    Args:
-        compiled: also use torch.compile.
-
-    Raises:
-        CannotRun: the compiler failed.
     """
     on_gpu = decoder.prompt.device.type == "cuda"
     replayable = not why_not_replayable(decoder)
@@ -132,17 +124,8 @@ def _compiled(decoder: Decoder) -> Callable[[], object]:
     return step
 
 
-def tolerance_of(name: str) -> float:
-    """How far the logits of this launch mode may be from the eager ones."""
-    return COMPILED_ERROR if "compiled" in name else SAME_ERROR
-
-
 def check_same(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> float:
-    """The largest error of the logits [B, steps, vocab] of a step of this launch mode, relative to their norm.
-
-    Raises:
-        CannotRun: it is larger than `tolerance`.
-    """
+    """The largest relative error of the logits [B, steps, vocab] of a step; CannotRun if it is above `tolerance`."""
     difference = (found.float() - expected.float()).norm(dim=(0, 2)) / expected.float().norm(dim=(0, 2))  # [steps]
     error = float(difference.max())
     if not error <= tolerance:  # also true of NaN

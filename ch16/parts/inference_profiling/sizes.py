@@ -28,11 +28,7 @@ def parser_of(doc: str, trace: str) -> argparse.ArgumentParser:
 
 
 def run_from(args: argparse.Namespace, model: Model, machine: Machine, steps: int) -> ProfiledRun:
-    """A prompt that is long enough to be compute-bound, unless flags say otherwise.
-
-    Raises:
-        CannotRun: the model's context is shorter.
-    """
+    """A prompt long enough to be compute-bound, unless flags differ; CannotRun if the model's context is shorter."""
     enough = {("cuda", False): 2048, ("cuda", True): 512, ("cpu", False): 256, ("cpu", True): 128}
     prompt = args.prompt_tokens or min(enough[machine.device, args.quick], model.max_context - steps - 2)
     if prompt < 1 or prompt + steps + 2 > model.max_context:
@@ -41,11 +37,7 @@ def run_from(args: argparse.Namespace, model: Model, machine: Machine, steps: in
 
 
 def require_memory(machine: Machine, weights: Weights, model: Model, run: ProfiledRun) -> None:
-    """Check room for weights and embedding, logits of all prompts, a growing cache and a cache of fixed size.
-
-    Raises:
-        CannotRun: there is too little memory.
-    """
+    """CannotRun without room for weights, embedding, logits of all prompts, a growing cache and one of fixed size."""
     numbers = weights.layers + 2 * weights.head + run.batch * run.prompt * model.vocab_size
     cache = run.batch * (run.prompt + run.steps) * kv_bytes_per_token(model.config, weights.itemsize)
     needed, free = numbers * weights.itemsize + 2 * cache, free_bytes(machine)

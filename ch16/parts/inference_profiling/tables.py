@@ -1,11 +1,11 @@
-"""Columns and rows of the tables: time by kind of work, counted work against the limits, launch modes, profilers."""
+"""Columns and rows of the tables: time by kind of work, work against limits, launch modes, profilers; the claim P1."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ch16.parts.inference_profiling.attribution import GAPS, KINDS
 from ch16.parts.inference_profiling.work import Limits, Weights, Work, count
-from common.results import Column
+from common.results import Column, Verdict, judge, not_applicable
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def modes_row(bounds: Mapping[str, object], steps: int, speedup: float, error: f
     """A row of MODES_COLUMNS, from that of BOUNDS_COLUMNS and the seconds that the mode took to prepare."""
     step_ms = bounds["ms"] / steps
     row = {"step_ms": step_ms, "over_eager": speedup, "busy_ms": step_ms * (1 - bounds["idle_percent"] / 100)}
-    return dict(bounds) | row | {"error_percent": 100 * error, "same": same, "prepare_s": took}
+    return {**bounds, **row, "error_percent": 100 * error, "same": same, "prepare_s": took}
 
 
 def cost_row(what: str, seconds: Mapping[str, float], off: Mapping[str, float]) -> dict:
@@ -136,3 +136,20 @@ def work_of_phases(weights: Weights, config: Mapping, run: ProfiledRun, prompt_l
     decode = [count(weights, config, 1, run.prompt + i, 1, run.batch) for i in range(run.steps)]
     prefill = count(weights, config, run.prompt, 0, prompt_logits, run.batch)
     return {"prefill": prefill, "decode": sum(decode[1:], decode[0])}
+
+
+def claim(bounds: Sequence[dict], near_percent: float) -> Verdict:
+    """P1 from rows of BOUNDS_COLUMNS; a phase that stays below `near_percent` of both limits decides nothing."""
+    prefill, decode = bounds
+    limited = [row for row in bounds if row["verdict"] != "launch-bound"]
+    far = [row["what"] for row in limited if max(row["compute_percent"], row["memory_percent"]) < near_percent]
+    text = "; ".join(
+        f"{row['what']} is {row['verdict']}: {row['compute_percent']:.0f}% of the compute limit, "
+        f"{row['memory_percent']:.0f}% of the memory limit, {row['idle_percent']:.0f}% launch gaps"
+        for row in bounds
+    )
+    if far:
+        reason = f"{' and '.join(far)} came near neither limit: the model or the prompt is too small to show one"
+        return not_applicable("P1", reason, text)
+    expected = prefill["verdict"] == "compute-bound" and decode["verdict"] in ("memory-bound", "launch-bound")
+    return judge("P1", expected, text)

@@ -44,11 +44,7 @@ class Trace:
     device_ranges: Sequence[Event]  # the same ranges as the device worked on them
 
     def span(self, name: str) -> Event:
-        """The only range of that name.
-
-        Raises:
-            CannotRun: there is none, or more than one.
-        """
+        """The only range of that name; CannotRun if there is none, or more than one."""
         found = [event for event in self.ranges if event.name == name]
         if len(found) != 1:
             raise CannotRun(f"the trace has {len(found)} ranges named '{name}', not one")
@@ -61,11 +57,7 @@ def activities(on_gpu: bool) -> list[ProfilerActivity]:
 
 
 def export(profiler: profile, path: str, memory: bool = True) -> Trace:
-    """Write a profile as a trace, and read it; `memory`: with a track of allocated bytes.
-
-    Raises:
-        CannotRun: the trace cannot be written.
-    """
+    """Write a profile as a trace, and read it; `memory`: with a track of allocated bytes. CannotRun if it fails."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(path)
@@ -75,11 +67,7 @@ def export(profiler: profile, path: str, memory: bool = True) -> Trace:
 
 
 def read_trace(path: str | Path) -> Trace:
-    """Read a trace, plain or gzipped.
-
-    Raises:
-        CannotRun: it cannot be read, or is no trace.
-    """
+    """Read a trace, plain or gzipped; CannotRun if that fails, or it is no trace."""
     return _trace(_load(Path(path)))
 
 
@@ -87,26 +75,22 @@ def add_memory_track(path: str | Path) -> Trace:
     """Give a trace file (torch.profiler's, with `profile_memory`) a counter track of allocated bytes per device.
 
     The profiler notes each allocation as an event without length; a viewer draws a counter as a timeline.
-
-    Raises:
-        CannotRun: as `read_trace`.
     """
-    path = Path(path)
-    content = _load(path)
+    content = _load(Path(path))
     events = content["traceEvents"]
-    for event in list(filter(_is_memory, events)):
-        track = {"ph": "C", "name": f"{_device(event)} memory allocated", "pid": event["pid"], "ts": event["ts"]}
-        events.append(track | {"args": {"bytes": event["args"]["Total Allocated"]}})
-    path.write_text(json.dumps(content))
+    for event in list(events):
+        noted = event.get("args", {})
+        if event.get("name") == "[memory]" and "Total Allocated" in noted:
+            kind = noted.get("Device Type")
+            name = f"{DEVICE_NAMES.get(kind, f'device type {kind}')} memory allocated"
+            track = {"ph": "C", "name": name, "pid": event["pid"], "ts": event["ts"]}
+            events.append(track | {"args": {"bytes": noted["Total Allocated"]}})
+    Path(path).write_text(json.dumps(content))
     return _trace(content)
 
 
 def save_plain(source: Path, target: str | Path) -> None:
-    """Copy a trace, unpacked where it is gzipped.
-
-    Raises:
-        CannotRun: `target` cannot be written.
-    """
+    """Copy a trace, unpacked where it is gzipped; CannotRun if `target` cannot be written."""
     try:
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         Path(target).write_bytes(_unpacked(source))
@@ -126,15 +110,6 @@ def _load(path: Path) -> dict:
     if not isinstance(content, dict) or not isinstance(content.get("traceEvents"), list):
         raise CannotRun(f"{path} is no trace: it has no traceEvents")
     return content
-
-
-def _is_memory(event: dict) -> bool:
-    return event.get("name") == "[memory]" and "Total Allocated" in event.get("args", {})
-
-
-def _device(event: dict) -> str:
-    kind = event["args"].get("Device Type")
-    return DEVICE_NAMES.get(kind, f"device type {kind}")
 
 
 def _trace(content: dict) -> Trace:

@@ -41,8 +41,7 @@ class Weights:
     def of(network: nn.Module, name: str) -> "Weights":
         """Count them in a transformers model; the meta device is enough.
 
-        Raises:
-            CannotRun: many weights are not in linear layers, as in a mixture of experts: not all of them are used.
+        CannotRun if many are not in linear layers, as in a mixture of experts: not all of those are used.
         """
         head = network.get_output_embeddings().weight
         layers = sum(m.weight.numel() for m in network.modules() if isinstance(m, nn.Linear) and m.weight is not head)
@@ -53,18 +52,12 @@ class Weights:
         return Weights(layers, head.numel(), head.element_size())
 
 
-def count(
-    weights: Weights, config: Mapping[str, object], tokens: int, context: int, logits: int, batch: int = 1
-) -> Work:
-    """Work of one forward pass over `tokens` new tokens of each of `batch` sequences after `context` earlier ones.
+def count(weights: Weights, config: Mapping, tokens: int, context: int, logits: int, batch: int = 1) -> Work:
+    """Work of a forward pass over `tokens` new tokens per sequence after `context` earlier ones, `logits` with logits.
 
     FLOPs: two per weight and token; in attention, two products of 2 * head_dim FLOPs per head and key that a token
     sees. Bytes: weights once, keys and values of the context read and of the new tokens written. Activations are left
     out (a fused kernel keeps them on the chip), so the bytes are a lower bound.
-
-    Args:
-        config: the model's config.json.
-        logits: tokens per sequence whose logits are computed.
     """
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
@@ -76,11 +69,7 @@ def count(
 
 
 def require_countable(model: Model) -> None:
-    """Check what `count` relies on: full attention, unquantized weights, the usual names of sizes.
-
-    Raises:
-        CannotRun: the model differs.
-    """
+    """CannotRun without what `count` relies on: full attention, unquantized weights, the usual names of sizes."""
     config, problem = model.config, ""
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None

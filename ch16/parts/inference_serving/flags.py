@@ -12,9 +12,8 @@ from common.models import Model
 
 def parse(doc: str) -> tuple[argparse.Namespace, list[str]]:
     """The flags, and with --serve those for vLLM's server."""
-    parser = cli.standard_parser(
-        doc, model_help="auto, bundled, a folder, or a hub id such as deepseek-ai/deepseek-coder-6.7b-instruct"
-    )
+    model_help = "auto, bundled, a folder, or a hub id such as deepseek-ai/deepseek-coder-6.7b-instruct"
+    parser = cli.standard_parser(doc, model_help)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--demo", action="store_true", help="completions, load, claims (also without any flag)")
     mode.add_argument("--serve", action="store_true", help="the HTTP server; flags not listed here go to vLLM's")
@@ -42,11 +41,7 @@ def parse(doc: str) -> tuple[argparse.Namespace, list[str]]:
 
 
 def precisions(args: argparse.Namespace, model: Model, machine: Machine) -> tuple[str, ...]:
-    """What to measure, as `common.engine.exceptions` calls it.
-
-    Raises:
-        CannotRun: both precisions are asked for, and the GPU does not compute FP8 or the checkpoint has its own.
-    """
+    """What to measure, as `common.engine.exceptions` calls it. CannotRun: --compare-bf16 without a choice of both."""
     if not args.compare_bf16:
         return (args.quantization,)
     if not machine.native_fp8:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-from ch16.parts.inference_serving.tables import BEST
 from common import targets
 from common.gpu import DTYPE_NAMES, Machine
 from common.plots import COLOURS, draw, legend_below, save_plot
@@ -27,8 +26,7 @@ def plot(path: str, rows: Sequence[Mapping], best: Mapping, model: str, machine:
     right.set(title="time per output token (TPOT)", xlabel="requests at once", ylabel="ms", ylim=(0, None))
     legend_below(left, 3)
     legend_below(right, 3)
-    message = (
-        f"{best['precision']}: {best['tokens_per_s']:,.0f} output tok/s at {best['concurrency']} requests at once, "
-        f"{'within' if best['best'] == BEST else 'outside'} the targets"
-    )
+    kept, at_once = "within" if best["best"] == targets.BEST else "outside", best["concurrency"]
+    speed = f"{best['tokens_per_s']:,.0f} output tok/s at {at_once} requests at once"
+    message = f"{best['precision']}: {speed}, {kept} the targets"
     save_plot(figure, path, message=message, model=model, machine=machine)

@@ -73,9 +73,12 @@ class LoadingResponder:
 def serve_engine(
     engine: Mapping[str, object], served_name: str, args: argparse.Namespace, vllm_flags: Sequence[str]
 ) -> int:
-    """vLLM's server in our layer, with arguments for `vllm.LLM` and the flags of the script. Returns the exit status.
+    """vLLM's server in our layer, with arguments for `vllm.LLM` and the flags of the script, until a signal.
 
-    The port is taken, and answers "loading", before the minutes of loading begin.
+    The port is taken, and answers "loading", before the minutes of loading begin; a signal then ends the process.
+
+    Raises:
+        CannotRun: the server could not start, or its engine died.
     """
     listener = listen(args.host, args.port)
     responder = LoadingResponder(listener)
@@ -95,24 +98,8 @@ def serve_engine(
         *("--middleware", "ch16.parts.inference_serving.layer.ServingLayer"),
         "--enable-request-id-headers",
         "--disable-uvicorn-access-log",
+        *vllm_flags,
     ]
-    return run_until_stopped([*flags, *vllm_flags], settings, listener)
-
-
-def run_until_stopped(flags: Sequence[str], settings: ServerSettings, listener: socket.socket) -> int:
-    """Run vLLM's API server on a bound socket until a signal stops it.
-
-    Args:
-        flags: vLLM's command line.
-        settings: the layer's limits; says at the end whether a signal ended the server.
-        listener: from `listen`.
-
-    Returns:
-        Exit status 0, after a signal. (A signal while the model loads ends the process at once.)
-
-    Raises:
-        CannotRun: the server could not start, or its engine died.
-    """
     for signum in (signal.SIGTERM, signal.SIGINT):  # until the layer takes over, there is nothing to drain
         signal.signal(signum, _end_while_loading)
     try:

@@ -8,7 +8,6 @@ from common.gpu import Machine
 from common.models import Model
 from common.results import WIDTH, Column, Verdict, judge, not_applicable
 
-BEST, NONE_GOOD = "<- best", "<- misses the targets"  # marks of the best wave
 LOAD_COLUMNS = (
     Column("precision", "precision"),
     Column("concurrency", "requests at once", "d"),

@@ -35,11 +35,7 @@ class KVShape:
 
 
 def kv_shape(config: Mapping[str, object], cache_dtype: str = "auto") -> KVShape:
-    """KV bytes of a model.
-
-    Args:
-        config: the content of its config.json.
-        cache_dtype: vLLM's `kv_cache_dtype`; "auto" is bfloat16.
+    """KV bytes of a model by its config.json; vLLM's `kv_cache_dtype` "auto" is bfloat16.
 
     Raises:
         CannotRun: the config lacks a size, or the type is unknown.

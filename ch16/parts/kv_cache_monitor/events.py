@@ -40,11 +40,7 @@ Event = Stored | Removed | Cleared
 
 
 def parse(payload: bytes) -> list[Event]:
-    """The events of one batch about GPU blocks; unknown kinds are skipped.
-
-    Raises:
-        ValueError: this is no batch of events.
-    """
+    """The events of one batch about GPU blocks; unknown kinds are skipped. ValueError: this is no batch of events."""
     try:
         _, events, *_ = msgspec.msgpack.decode(payload)
         return [event for raw in events if (event := _event(raw)) is not None]
@@ -63,20 +59,10 @@ def _event(raw: dict) -> Event | None:
 
 
 class EventStream:
-    """Events of one engine, in order.
-
-    Args:
-        endpoint: where the engine publishes, as in "tcp://127.0.0.1:5557" or "ipc:///tmp/events".
-        replay_endpoint: where lost batches can be requested; None: they stay lost.
-        topic: only batches under it.
-
-    Attributes:
-        lost: batches that could not be replayed.
-        replayed: batches that were lost and then replayed.
-    """
+    """Events of one engine under a topic, in order. Without a replay endpoint, lost batches stay lost."""
 
     def __init__(self, endpoint: str, replay_endpoint: str | None = None, topic: str = "") -> None:
-        self.lost = self.replayed = 0
+        self.lost = self.replayed = 0  # batches that could not be replayed, and those that were
         self._next = 0  # the sequence number that should come next
         self._last = -1  # the number that came last, replays aside
         self._replay_endpoint = replay_endpoint
@@ -94,11 +80,7 @@ class EventStream:
         self._socket.close(linger=0)
 
     def poll(self, timeout_s: float = 0.0) -> Iterator[Event]:
-        """Events that have arrived; waits for the first at most `timeout_s`.
-
-        Raises:
-            CannotRun: the endpoint publishes something else, or the engine was restarted.
-        """
+        """Events that have arrived; waits for the first at most `timeout_s`. CannotRun: the engine was restarted."""
         wait_ms = int(1000 * timeout_s)
         while self._socket.poll(wait_ms):
             wait_ms = 0
@@ -108,11 +90,8 @@ class EventStream:
             yield from self._batch(int.from_bytes(frames[-2], "big", signed=True), frames[-1])
 
     def catch_up(self, timeout_s: float = 1.0) -> Iterator[Event]:
-        """Request all batches that did not arrive: published before the subscription, or lost at the end.
-
-        Without a replay endpoint, or if it does not answer, there are none.
-        """
-        yield from self._replay_until(None, timeout_s)
+        """Request all batches that did not arrive: published before the subscription, or lost at the end."""
+        return self._replay_until(None, timeout_s)
 
     def _batch(self, number: int, payload: bytes) -> Iterator[Event]:
         if number <= self._last:

@@ -7,9 +7,9 @@ and hits. A difference between the monitor and the engine is an error.
 
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ch16.parts.kv_cache_monitor.events import Cleared, Event, EventStream, Removed, Stored
@@ -18,7 +18,6 @@ from common.load import send_wave
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
-
 
 Monitor = Any  # the CacheMonitor that the script hands in
 
@@ -34,11 +33,7 @@ class CachedBlocks:
         return self._copies.total()
 
     def apply(self, event: Event) -> None:
-        """Count the blocks of one event.
-
-        Raises:
-            CannotRun: a block was removed that was never stored.
-        """
+        """Count the blocks of one event. CannotRun: a block was removed that was never stored."""
         if isinstance(event, Stored):
             self._copies.update(event.hashes)
         elif isinstance(event, Removed):
@@ -53,19 +48,13 @@ class CachedBlocks:
             self._copies.clear()
 
 
-@dataclass
-class _Running:
-    prompt: Sequence[int]
-    blocks: list[object] = field(default_factory=list)  # ids of the blocks it holds
-
-
 class HeldBlocks:
     """Blocks that running requests hold, from their tokens alone: the monitor's usage."""
 
     def __init__(self, monitor: Monitor, block_size: int, block_bytes: int) -> None:
         self._monitor, self._size, self._bytes = monitor, block_size, block_bytes
         self._holders: Counter[object] = Counter()
-        self._running: dict[str, _Running] = {}
+        self._blocks: defaultdict[str, list[object]] = defaultdict(list)  # of each request, their ids
 
     def __len__(self) -> int:
         return len(self._holders)
@@ -75,22 +64,22 @@ class HeldBlocks:
 
         The newest token's key and value are not computed yet.
         """
-        known = self._running.setdefault(request, _Running(prompt))
-        for i in range(len(known.blocks), math.ceil((len(prompt) + tokens_out - 1) / self._size)):
+        blocks = self._blocks[request]
+        for i in range(len(blocks), math.ceil((len(prompt) + tokens_out - 1) / self._size)):
             end = (i + 1) * self._size
             name: object = (request, i)  # its own, unless its content is a whole block of the prompt
             if end <= len(prompt):
                 content = hash(tuple(prompt[:end]))
                 if end <= cached_tokens or content not in self._holders:
                     name = content
-            known.blocks.append(name)
+            blocks.append(name)
             if name not in self._holders:
                 self._monitor.record_allocation(self._bytes, name)
             self._holders[name] += 1
 
     def finish(self, request: str) -> None:
         """A request has ended; blocks that no other request holds are free."""
-        for name in self._running.pop(request).blocks:
+        for name in self._blocks.pop(request):
             self._holders[name] -= 1
             if not self._holders[name]:
                 del self._holders[name]
@@ -107,17 +96,13 @@ class CacheSample:
     hits: int
     misses: int
     evictions: int
-    preemptions: int
     running: int
 
 
 class EngineFeed:
     """Drives an engine step by step, feeds the monitor, and compares it with the engine's own figures.
 
-    Args:
-        llm: an engine with KV events and statistics, without asynchronous scheduling: with it, a step's figures
-            belong to the next step.
-        stream: the engine's events.
+    The engine needs KV events and statistics, and no asynchronous scheduling: a step's figures would be the next one's.
     """
 
     def __init__(self, llm: "LLM", monitor: Monitor, stream: EventStream, block_bytes: int) -> None:
@@ -129,7 +114,6 @@ class EngineFeed:
         self.samples: list[CacheSample] = []
         self.checked_steps = self.steps = 0
         self._started = time.perf_counter()
-        self._first = self.metrics()
         self._verified = self._lookups()  # at the last call of verify
 
     def metrics(self) -> dict[str, float]:
@@ -139,38 +123,31 @@ class EngineFeed:
     def _lookups(self) -> dict[str, tuple[float, float]]:
         """Tokens looked up and found so far: by the monitor, and by the engine."""
         stats, engine = self.monitor.stats, self.metrics()
-        hits = stats["cache_hits"]
-        return {
-            "queries": (hits + stats["cache_misses"], engine["prefix_cache_queries"]),
-            "hits": (hits, engine["prefix_cache_hits"]),
-        }
+        hits, queries = stats["cache_hits"], stats["cache_hits"] + stats["cache_misses"]
+        return {"queries": (queries, engine["prefix_cache_queries"]), "hits": (hits, engine["prefix_cache_hits"])}
 
-    def run(self, prompts: Sequence[Sequence[int]], tokens_out: int) -> list[float]:
+    def run(self, prompts: Sequence[Sequence[int]], tokens_out: int) -> None:
         """All prompts at once, `tokens_out` tokens each, with every check that a step allows.
 
-        Returns:
-            Seconds to the first token of each request.
-
-        Raises:
-            CannotRun: the monitor and the engine disagree.
+        CannotRun, here and below: the monitor and the engine disagree.
         """
         tokens = [0] * len(prompts)
 
         def after_step(outputs: Sequence["RequestOutput"]) -> None:
             for output in outputs:
-                i = int(output.request_id)
+                i, cached = int(output.request_id), output.num_cached_tokens or 0
                 if tokens[i] == 0:
-                    self._count(prompts[i], output.num_cached_tokens or 0)
+                    self.monitor.record_hit(cached)
+                    self.monitor.record_miss(len(prompts[i]) - cached)
                 tokens[i] += len(output.outputs[0].token_ids)
-                self.held.progress(output.request_id, prompts[i], tokens[i], output.num_cached_tokens or 0)
+                self.held.progress(output.request_id, prompts[i], tokens[i], cached)
                 if output.finished:
                     self.held.finish(output.request_id)
                     unfinished.remove(output.request_id)
             self._after_step(all_shown=unfinished <= {output.request_id for output in outputs})
 
         unfinished = {str(i) for i in range(len(prompts))}
-        sent, arrived = send_wave(self.llm, prompts, tokens_out, after_step)
-        return [times[0] - start for start, times in zip(sent, arrived, strict=True)]
+        send_wave(self.llm, prompts, tokens_out, after_step)
 
     def follow_wave(self, prompts: Sequence[Sequence[int]], tokens_out: int) -> None:
         """Send a wave as in production: nothing is compared, and events are read after it."""
@@ -184,10 +161,6 @@ class EngineFeed:
             self.cached.apply(event)
         return count
 
-    def _count(self, prompt: Sequence[int], cached: int) -> None:
-        self.monitor.record_hit(cached)
-        self.monitor.record_miss(len(prompt) - cached)
-
     def _after_step(self, all_shown: bool) -> None:
         self.steps += 1
         self._follow_events()
@@ -199,25 +172,12 @@ class EngineFeed:
             held = stats["current_usage"] // self._block_bytes
             if used != held:
                 raise CannotRun(f"step {self.steps}: {held} blocks in use by the monitor, {used} by the engine")
-        self.samples.append(
-            CacheSample(
-                time.perf_counter() - self._started,
-                used,
-                len(self.cached),
-                stats["cache_hits"],
-                stats["cache_misses"],
-                stats["evictions"],
-                int(now["num_preemptions"] - self._first["num_preemptions"]),
-                int(now["num_requests_running"]),
-            )
-        )
+        seconds, running = time.perf_counter() - self._started, int(now["num_requests_running"])
+        totals = (stats[key] for key in ("cache_hits", "cache_misses", "evictions"))
+        self.samples.append(CacheSample(seconds, used, len(self.cached), *totals, running))
 
     def verify_events(self) -> None:
-        """Wait until all events have arrived, and compare the cached blocks.
-
-        Raises:
-            CannotRun: events are missing, or the engine counts other blocks.
-        """
+        """Wait until all events have arrived, and compare the cached blocks."""
         while self._follow_events(0.3):  # the publisher is a thread: wait until it has been quiet for a moment
             pass
         for event in self.stream.catch_up():  # a batch lost at the end leaves no gap
@@ -229,11 +189,7 @@ class EngineFeed:
             raise CannotRun(f"cached blocks: {len(self.cached):,} by the monitor, {blocks:,} by the engine")
 
     def verify(self) -> None:
-        """Compare everything since the last call.
-
-        Raises:
-            CannotRun: something differs, or events are missing.
-        """
+        """Compare everything since the last call."""
         self.verify_events()
         before, self._verified = self._verified, self._lookups()
         for what, counts in self._verified.items():

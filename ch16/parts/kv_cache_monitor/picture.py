@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ch16.parts.kv_cache_monitor.feed import CacheSample
-from ch16.parts.kv_cache_monitor.sizes import CacheSizes
+from ch16.parts.kv_cache_monitor.workloads import CacheSizes
 from common.gpu import Machine
 from common.plots import COLOURS, draw, legend_below, save_plot
 

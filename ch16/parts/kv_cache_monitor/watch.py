@@ -3,7 +3,7 @@
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import requests
 from prometheus_client.parser import text_string_to_metric_families
@@ -21,11 +21,7 @@ NAMES = {
 
 
 def read_metrics(url: str) -> dict[str, float]:
-    """The server's figures by the keys of NAMES, summed over engines (usage: their mean).
-
-    Raises:
-        CannotRun: there is no answer, or it is not from a vLLM server.
-    """
+    """The server's figures by the keys of NAMES, summed over engines (usage: their mean). CannotRun: no vLLM server."""
     try:
         answer = requests.get(f"{url.rstrip('/')}/metrics", timeout=5)
         answer.raise_for_status()
@@ -55,9 +51,7 @@ def line(now: Mapping[str, float], before: Mapping[str, float], width: int = 100
     return "[" + "#" * filled + "." * (room - filled) + "]" + text
 
 
-def watch(
-    url: str, seconds: float | None, interval_s: float = 1.0, sleep: Callable[[float], None] = time.sleep
-) -> list[dict[str, float]]:
+def watch(url: str, seconds: float | None, interval_s: float = 1.0) -> list[dict[str, float]]:
     """Print a reading per interval, on one line of a terminal, for `seconds` or until Ctrl-C; returns all readings."""
     url = url if "://" in url else f"http://{url}"
     started, terminal = time.monotonic(), sys.stdout.isatty()
@@ -65,7 +59,7 @@ def watch(
     print(f"KV cache of {url}")
     try:
         while seconds is None or time.monotonic() - started < seconds:
-            sleep(interval_s)
+            time.sleep(interval_s)
             readings.append(read_metrics(url))
             text = line(readings[-1], readings[-2], shutil.get_terminal_size().columns)
             print(f"\r{text}" if terminal else text, end="" if terminal else "\n", flush=True)

@@ -1,15 +1,16 @@
-"""Workloads that fill a KV cache in different ways, and engines compared in turn."""
+"""Workloads that fill a KV cache in different ways, their sizes, and engines compared in turn."""
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from ch16.parts.kv_cache_monitor.feed import CacheSample, EngineFeed
-from ch16.parts.kv_cache_monitor.sizes import CacheSizes
+from ch16.parts.kv_cache_monitor.feed import EngineFeed
 from common.cli import CannotRun
+from common.gpu import Machine
 from common.load import random_prompts, send_wave
 from common.timing import median_error, percentile
 
@@ -19,18 +20,41 @@ if TYPE_CHECKING:
 PRECISE = 0.002  # standard error of a ratio that separates 0.995 from 0.99
 
 
+@dataclass(frozen=True)
+class CacheSizes:
+    """Tokens, blocks and requests of the workloads, and rounds of each comparison."""
+
+    blocks: int  # of the cache
+    block_size: int  # tokens
+    requests: int  # at once
+    max_len: int  # tokens of the longest sequence
+    prefix: int  # tokens that prompts have in common
+    answer: int  # tokens out where throughput is compared; without --quick a wave takes about a second
+    sharing: int  # requests with the common prefix that arrive at once
+    rounds: int
+    seconds: float  # for which a comparison of throughput goes on if it is not precise after its rounds
+
+
+def sizes_for(machine: Machine, quick: bool) -> CacheSizes:
+    """Sizes that fill a GPU, or finish quickly on two CPU cores (whose kernels need blocks of 32 tokens)."""
+    if machine.device == "cuda":  # short waves in turn: a host that slows down for seconds slows both engines
+        rounds, seconds = (3, 0) if quick else (25, 100)
+        return CacheSizes(2048, 16, 64, 2048, 1024, 128, sharing=8, rounds=rounds, seconds=seconds)
+    if quick:
+        return CacheSizes(48, 32, 6, 1280, 768, 16, sharing=1, rounds=3, seconds=0)
+    return CacheSizes(80, 32, 8, 2048, 1024, 32, sharing=1, rounds=7, seconds=60)
+
+
 def workloads(sizes: CacheSizes, vocab_size: int, seed: int) -> dict[str, list[tuple[list[list[int]], int]]]:
     """Waves of prompts and tokens out for each workload: nothing in common, a common prefix, more than fits."""
     (prefix,) = random_prompts(1, sizes.prefix, vocab_size, seed + 1)
     tails = random_prompts(sizes.requests, sizes.block_size, vocab_size, seed + 2)
     # Twice as much live context as there are blocks: as many prompts as fit are admitted, and then all of them grow.
-    many, prompt_blocks = 2 * sizes.blocks // 5, 4
+    many, length = 2 * sizes.blocks // 5, 4 * sizes.block_size
     return {
-        "unrelated prompts": [(random_prompts(sizes.requests, 4 * sizes.block_size, vocab_size, seed), 16)],
+        "unrelated prompts": [(random_prompts(sizes.requests, length, vocab_size, seed), 16)],
         "common prefix": [([prefix + tails[0]], 4), ([prefix + tail for tail in tails], 8)],
-        "more than fits": [
-            (random_prompts(many, prompt_blocks * sizes.block_size, vocab_size, seed + 3), sizes.block_size)
-        ],
+        "more than fits": [(random_prompts(many, length, vocab_size, seed + 3), sizes.block_size)],
     }
 
 
@@ -39,7 +63,7 @@ def run_workloads(feed: EngineFeed, sizes: CacheSizes, vocab_size: int, seed: in
     rows = []
     for name, waves in tqdm(workloads(sizes, vocab_size, seed).items(), desc="workloads", leave=False, disable=None):
         before, first, steps, checked = feed.monitor.stats, len(feed.samples), feed.steps, feed.checked_steps
-        started = feed.samples[-1] if feed.samples else CacheSample(0.0, 0, 0, 0, 0, 0, 0, 0)
+        preempted = feed.metrics()["num_preemptions"]
         begun = time.perf_counter()
         for prompts, tokens_out in waves:
             feed.run(prompts, tokens_out)
@@ -58,7 +82,7 @@ def run_workloads(feed: EngineFeed, sizes: CacheSizes, vocab_size: int, seed: in
                 "cached": len(feed.cached),
                 "hit_percent": 100 * hits / (hits + misses),
                 "evictions": after["evictions"] - before["evictions"],
-                "preemptions": seen[-1].preemptions - started.preemptions,
+                "preemptions": int(feed.metrics()["num_preemptions"] - preempted),
                 "peak_running": max(sample.running for sample in seen),
                 "checked": feed.checked_steps - checked,
                 "steps": feed.steps - steps,
@@ -91,12 +115,10 @@ def compare(
 ) -> dict[str, float | str]:
     """A row of COMPARISON_COLUMNS: both measured in turn, the first to go alternating; the median of the ratios.
 
-    Args:
-        rounds: the fewest.
-        seconds: rounds go on for this time at most, until the ratio is known to `PRECISE`.
+    After `rounds`, more follow for `seconds` at most, until the ratio is known to `PRECISE`.
     """
     variant(-1), base(-1)  # warm up
-    pairs, ratios, error = [], [], math.inf
+    pairs, error = [], math.inf
     started = time.perf_counter()
     with tqdm(desc=what, unit=" rounds", leave=False, disable=None) as progress:
         while len(pairs) < rounds or (error > PRECISE and time.perf_counter() - started < seconds):
@@ -104,7 +126,7 @@ def compare(
             order = (variant, base) if i % 2 == 0 else (base, variant)
             found = {work: work(i) for work in order}
             pairs.append((found[variant], found[base]))
-            ratios.append(found[variant] / found[base])
+            ratios = [ours / theirs for ours, theirs in pairs]
             error = median_error(ratios)
             progress.update()
     return {
@@ -117,10 +139,8 @@ def compare(
     }
 
 
-def throughput(
-    run: Callable[[Sequence[Sequence[int]], int], object], sizes: CacheSizes, vocab_size: int, seed: int
-) -> Callable:
-    """Output tokens/s of a wave of unrelated prompts, new ones in each round."""
+def throughput(run: Callable, sizes: CacheSizes, vocab_size: int, seed: int) -> Callable[[int], float]:
+    """Output tokens/s of a wave of unrelated prompts, new ones in each round; `run` takes prompts and tokens out."""
 
     def wave(round_: int) -> float:
         prompts = random_prompts(sizes.requests, 2 * sizes.block_size, vocab_size, seed + 100 + round_)

@@ -15,17 +15,11 @@ class CircuitBreaker:
     """Closed; open for a while after failures in a row; then half-open, one request at a time until one succeeds.
 
     Not safe from several threads: the balancer holds a lock.
-
-    Args:
-        failures: in a row, that open it.
-        cooldown_s: how long it stays open the first time; twice as long after each failed trial.
-        longest_s: bound of the cooldown.
-        clock: seconds.
     """
 
-    failures: int = 3
-    cooldown_s: float = 1.0
-    longest_s: float = 30.0
+    failures: int = 3  # in a row, that open it
+    cooldown_s: float = 1.0  # how long it stays open the first time; twice as long after each failed trial
+    longest_s: float = 30.0  # bound of the cooldown
     clock: Callable[[], float] = time.monotonic
     _in_a_row: int = field(default=0, init=False)
     _opened: int = field(default=0, init=False)  # times since the last success

@@ -59,9 +59,7 @@ async def ask(
 ) -> StreamedAnswer:
     """Send one completion request and read its stream to the end, whatever that is. Servers cause no exception.
 
-    Args:
-        body: with `max_tokens`; streaming and usage in every event are added.
-        patience_s: for the next part of the answer.
+    `body` has `max_tokens`; streaming and usage in every event are added. `patience_s`: for each part of the answer.
     """
     body = {**body, "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
     answer = StreamedAnswer(name, time.perf_counter(), wanted=body["max_tokens"])
@@ -87,46 +85,15 @@ async def ask(
     return answer
 
 
-async def closed_loop(
-    url: str,
-    body: Callable[[int], Mapping[str, object]],
-    requests: int,
-    at_once: int,
-    ramp_s: float,
-    patience_s: float = 60.0,
-) -> list[StreamedAnswer]:
-    """A closed loop: `at_once` users, each sends a request when the last one is answered, until `requests` were sent.
-
-    Args:
-        body: of the i-th request.
-        ramp_s: the users start one after another within this time, not all at the same moment.
-    """
-    numbers = iter(range(requests))
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-
-        async def user(place: int) -> list[StreamedAnswer]:
-            await asyncio.sleep(ramp_s * place / at_once)
-            return [await ask(session, url, f"closed-{i}", body(i), patience_s) for i in numbers]
-
-        answers = await asyncio.gather(*(user(place) for place in range(at_once)))
-    return list(itertools.chain.from_iterable(answers))
-
-
 async def steady(
-    choose: Callable[[], str],
+    choose: Callable[[], str],  # the URL of the next request
     name: str,
     body: Callable[[int], Mapping[str, object]],
     rate: float,
     stop: asyncio.Event,
     patience_s: float,
 ) -> Sequence[StreamedAnswer]:
-    """An open loop: `rate` requests/s until `stop`, whatever becomes of earlier ones.
-
-    Args:
-        choose: the URL of the next request.
-        name: the i-th request is called `name-i`.
-        body: of the i-th request.
-    """
+    """An open loop: `rate` requests/s until `stop`, whatever becomes of earlier ones; the i-th is called `name-i`."""
     tasks = []
     start = asyncio.get_running_loop().time()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:

@@ -21,9 +21,8 @@ POINTS = 150  # five minutes
 LATENCIES = {"ttft": "vllm:time_to_first_token_seconds", "itl": "vllm:inter_token_latency_seconds"}
 GAUGES = {"running": "vllm:num_requests_running", "waiting": "vllm:num_requests_waiting"}
 USAGE = "vllm:kv_cache_usage_perc"
-TOKENS, QUERIES, HITS = (
-    f"vllm:{name}_total" for name in ("generation_tokens", "prefix_cache_queries", "prefix_cache_hits")
-)
+TOKENS = "vllm:generation_tokens_total"
+QUERIES, HITS = "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"
 NAMES = [USAGE, *GAUGES.values(), TOKENS, QUERIES, HITS, *(f"{name}_bucket" for name in LATENCIES.values())]
 # The client library's parser takes 30 times as long, which would delay the tokens that the gateway passes on.
 SERIES = re.compile(
@@ -82,11 +81,9 @@ def gained(before: Reading, after: Reading) -> Mapping[tuple[str, float], float]
 
 
 def figures(pairs: Sequence[tuple[Reading | None, Reading]], seconds: float) -> dict[str, float | None]:
-    """The figures of some servers together, from two readings of each; None where there are no data.
+    """The figures of some servers together; None where there are no data.
 
-    Args:
-        pairs: the reading before (None: a first one) and the one now.
-        seconds: between the two.
+    `pairs`: of each server the reading before (None: this is the first) and the one now, `seconds` later.
     """
     now = [after for _, after in pairs]
     totals = {name: [r.gauges[name] for r in now if name in r.gauges] for name in (*GAUGES.values(), USAGE)}
@@ -106,13 +103,7 @@ def figures(pairs: Sequence[tuple[Reading | None, Reading]], seconds: float) -> 
 
 
 class Dashboard:
-    """The content of /dashboard/data.
-
-    Args:
-        read: the /metrics of a server; None if it gives none.
-        states: requests in flight, readiness and breaker of each current server.
-        clock: seconds.
-    """
+    """The content of /dashboard/data, from `read`, a server's /metrics (or None), and the balancer's `states`."""
 
     def __init__(
         self,

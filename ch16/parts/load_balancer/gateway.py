@@ -19,7 +19,7 @@ import signal
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,7 +30,6 @@ from yarl import URL
 
 from ch16.parts.load_balancer.breaker import Lease, NoServer
 from ch16.parts.load_balancer.dashboard import PAGE, PAGE_HEADERS, Dashboard
-from ch16.parts.load_balancer.discovery import Find
 from ch16.parts.load_balancer.wire import ENDS_WITH_DONE, PatientServer, WholeEvents, end_to_end, prefix_of
 from common.metrics import GatewayMetrics
 
@@ -122,11 +121,9 @@ class Attempt:
 
 
 class Gateway:
-    """Passes requests on to the servers of a balancer.
+    """Passes requests on to the servers (`host:port`) of a balancer.
 
     Args:
-        balancer: whose servers are `host:port`.
-        limits: timeouts and sizes.
         key: clients must send it as a bearer token; "": no key is needed.
         server_key: sent to the servers; "": what the client sent, if no `key` is needed.
         ready_path: answers 200 if the server takes requests.
@@ -140,7 +137,7 @@ class Gateway:
         key: str = "",
         server_key: str = "",
         ready_path: str = "/ready",
-        find: Find | None = None,
+        find: Callable[[], Awaitable[set[str] | None]] | None = None,
     ) -> None:
         self._balancer, self._limits, self._ready_path, self._find = balancer, limits, ready_path, find
         self._key, self._server_key = key and hashlib.sha256(key.encode()).digest(), server_key
@@ -163,20 +160,12 @@ class Gateway:
         # uvicorn closes idle connections after 5 s: never send on one that is about to be.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._limits.connect_s)
-        jar = aiohttp.DummyCookieJar()
-        async with aiohttp.ClientSession(
-            connector=connector, timeout=timeout, auto_decompress=False, cookie_jar=jar
-        ) as self._session:
+        as_sent = {"auto_decompress": False, "cookie_jar": aiohttp.DummyCookieJar()}
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout, **as_sent) as self._session:
             await self._look_for_servers()
             await asyncio.gather(*(self._check(server) for server in self._balancer.servers))
-            self._server = PatientServer(
-                self._handle,
-                self._limits.request_s,
-                handler_cancellation=True,
-                auto_decompress=False,
-                access_log=None,
-                lingering_time=1.0,
-            )
+            options = {"handler_cancellation": True, "auto_decompress": False, "lingering_time": 1.0}
+            self._server = PatientServer(self._handle, self._limits.request_s, access_log=None, **options)
             runner = web.ServerRunner(self._server, shutdown_timeout=0.5)
             await runner.setup()
             await web.SockSite(runner, listener, backlog=1024).start()
@@ -262,9 +251,8 @@ class Gateway:
         plain = {"accept-encoding": "identity"}  # this session passes bodies on as they are
         try:
             async with asyncio.timeout(self._limits.check_timeout_s):
-                async with self._session.get(
-                    f"http://{server}/metrics", headers=plain, allow_redirects=False
-                ) as answer:
+                url = f"http://{server}/metrics"
+                async with self._session.get(url, headers=plain, allow_redirects=False) as answer:
                     return await answer.text(errors="replace") if answer.status == 200 else None
         except (aiohttp.ClientError, OSError, TimeoutError):
             return None
@@ -468,16 +456,14 @@ class Gateway:
 
 def json_answer(status: int, content: object, headers: Mapping[str, str] | None = None) -> web.Response:
     """A small JSON answer."""
-    return web.Response(
-        status=status, body=json.dumps(content).encode(), content_type="application/json", headers=headers
-    )
+    body = json.dumps(content).encode()
+    return web.Response(status=status, body=body, content_type="application/json", headers=headers)
 
 
 def error_answer(status: int, message: str, call: Call) -> web.Response:
     """An error in the OpenAI API's form, as the servers send theirs."""
-    kind = {401: "AuthenticationError", 503: "ServiceUnavailableError"}.get(
-        status, "BadRequestError" if status < 500 else "UpstreamError"
-    )
+    usual = "BadRequestError" if status < 500 else "UpstreamError"
+    kind = {401: "AuthenticationError", 503: "ServiceUnavailableError"}.get(status, usual)
     headers = {"x-request-id": call.name, "x-retries": str(call.retries)}
     if status == 503:
         headers["retry-after"] = "1"

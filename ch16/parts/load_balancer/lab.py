@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import math
 import signal
 import sys
@@ -91,27 +92,15 @@ class Fault:
 
 async def run_lab(
     replicas: Sequence[ServerProcess],
-    urls: Mapping[str, Callable[[], str]],
+    urls: Mapping[str, Callable[[], str]],  # by configuration: where the next request goes
     body: Callable[[int], Mapping[str, object]],
     plan: Plan,
     progress: tqdm,
 ) -> tuple[dict[str, list[StreamedAnswer]], list[Fault]]:
-    """Load in each configuration while the faults happen one after another.
-
-    Args:
-        replicas: REPLICAS that are ready.
-        urls: by configuration: where the next request goes.
-        body: of the i-th request.
-        progress: moves on with each fault that is over.
-
-    Returns:
-        The answers by configuration, and the faults.
-    """
+    """The answers by configuration while the faults happen one after another, and the faults."""
     stop = asyncio.Event()
-    loads = [
-        asyncio.create_task(steady(url, name.replace(" ", "-"), body, plan.rate, stop, plan.patience_s))
-        for name, url in urls.items()
-    ]
+    load = functools.partial(steady, body=body, rate=plan.rate, stop=stop, patience_s=plan.patience_s)
+    loads = [asyncio.create_task(load(url, name.replace(" ", "-"))) for name, url in urls.items()]
     faults: list[Fault] = []
 
     def begin(name: str, replica: ServerProcess) -> Fault:

@@ -22,20 +22,14 @@ def plot(path: str, answers: Mapping[str, Sequence[StreamedAnswer]], faults: Seq
     }
     top = max(map(len, bad.values())) or 1
     for name, times in bad.items():
-        left.step(
-            [0, *times, end], [*range(len(times) + 1), len(times)], where="post", color=COLOURS[LINES[name]], label=name
-        )
+        counts = [*range(len(times) + 1), len(times)]
+        left.step([0, *times, end], counts, where="post", color=COLOURS[LINES[name]], label=name)
     for fault in faults:
         began, over = fault.at - start, fault.ready_at - start
         left.axvspan(began, over, color=COLOURS["quiet"], alpha=0.25)
         left.text((began + over) / 2, 1.04 * top, fault.name.split(",")[0], ha="center")
-    left.set(
-        title="Each replica fails once (shaded)",
-        xlabel="time the request was sent, s",
-        ylabel="unanswered requests so far",
-        ylim=(0, 1.15 * top),
-        xlim=(0, end),
-    )
+    left.set(title="Each replica fails once (shaded)", xlim=(0, end), ylim=(0, 1.15 * top))
+    left.set(xlabel="time the request was sent, s", ylabel="unanswered requests so far")
     legend_below(left, 3)
 
     names, bottom = [name.replace(" ", "\n", 1) for name in answers], [0] * len(answers)

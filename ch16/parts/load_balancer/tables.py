@@ -55,16 +55,10 @@ def fault_rows(answers: Sequence[StreamedAnswer], faults: Sequence[Fault]) -> li
     for fault, until in itertools.zip_longest(faults, [later.at for later in faults[1:]], fillvalue=end):
         hit = [answer for answer in answers if fault.at <= answer.ended <= until]
         after = [a.sent for a in answers if a.server == fault.server and a.sent >= fault.ready_at and a.complete]
-        rows.append(
-            {
-                "fault": fault.name,
-                "at_s": fault.at - start,
-                "retried": sum(answer.retries > 0 and answer.complete for answer in hit),
-                **{kind: sum(answer.outcome == kind for answer in hit) for kind in ("cut off, told", "lost")},
-                "away_s": fault.ready_at - fault.at,
-                "back_s": min(after) - fault.ready_at if after else None,
-            }
-        )
+        row = {"fault": fault.name, "at_s": fault.at - start, "away_s": fault.ready_at - fault.at}
+        row["retried"] = sum(answer.retries > 0 and answer.complete for answer in hit)
+        row |= {kind: sum(answer.outcome == kind for answer in hit) for kind in ("cut off, told", "lost")}
+        rows.append(row | {"back_s": min(after) - fault.ready_at if after else None})
     return rows
 
 

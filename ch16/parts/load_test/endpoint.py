@@ -37,11 +37,7 @@ def serving(args: argparse.Namespace, machine: Machine) -> Iterator[Endpoint]:
 
 
 def endpoint_at(url: str, args: argparse.Namespace) -> Endpoint:
-    """What the server at a URL serves, and a tokenizer for it.
-
-    Raises:
-        CannotRun: no answer, or not as an OpenAI-compatible server answers.
-    """
+    """What the server at a URL serves, and a tokenizer for it. CannotRun: it is no OpenAI-compatible server."""
     key = os.environ.get("OPENAI_API_KEY")  # as vLLM's client sends it
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:

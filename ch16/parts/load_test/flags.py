@@ -61,24 +61,16 @@ def sizes_for(machine: Machine, quick: bool) -> LoadSizes:
 
 
 def trace_for(args: argparse.Namespace, sizes: LoadSizes) -> list[Arrival]:
-    """The trace, its lengths scaled to fit the machine.
-
-    Raises:
-        CannotRun: it cannot be read.
-    """
+    """The trace, its lengths scaled to fit the machine."""
     return shrink(read_trace(args.trace)[: sizes.trace_requests], args.trace_scale or sizes.scale, max_tokens=2048)
 
 
 def synthetic_load(args: argparse.Namespace, sizes: LoadSizes, trace: Sequence[Arrival]) -> RequestLoad:
     """Random prompts with the trace's mean lengths, unless others were asked for."""
-    tokens_in, tokens_out = map(round, mean_lengths(trace))
-    return RequestLoad(
-        args.requests or sizes.requests,
-        args.tokens_in or tokens_in,
-        max(2, args.tokens_out or tokens_out),
-        burstiness=args.burstiness,
-        tokens_shared=args.shared_tokens,
-    )
+    requests, (tokens_in, tokens_out) = args.requests or sizes.requests, map(round, mean_lengths(trace))
+    tokens_in, tokens_out = args.tokens_in or tokens_in, max(2, args.tokens_out or tokens_out)
+    shape = {"burstiness": args.burstiness, "tokens_shared": args.shared_tokens}
+    return RequestLoad(requests, tokens_in, tokens_out, **shape)
 
 
 def recorded(args: argparse.Namespace, sizes: LoadSizes, model: str, base: RequestLoad) -> dict[str, object]:

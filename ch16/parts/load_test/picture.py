@@ -18,12 +18,12 @@ def plot(path: str, rows: Sequence[Mapping], knee: float | None, results: Report
     requests.plot(offered, [row["answered"] for row in rows], "o-", color=COLOURS["baseline"], label="answered")
     if all("goodput" in row for row in rows):  # there is an objective
         requests.plot(offered, [row["goodput"] for row in rows], "o-", color=COLOURS["good"], label="good")
-    for figure_name, colour in (("ttft", COLOURS["baseline"]), ("tpot", COLOURS["variant"])):
+    for name, colour in (("ttft", COLOURS["baseline"]), ("tpot", COLOURS["variant"])):
         for quantile, style in ((50, "o--"), (99, "o-")):
-            values = [row[f"{figure_name}_p{quantile}_ms"] for row in rows]
-            latency.plot(offered, values, style, color=colour, label=f"{figure_name.upper()} P{quantile}")
-        if limit := results.settings[f"slo_{figure_name}_ms"]:
-            latency.axhline(limit, color=colour, linestyle=":", label=f"{figure_name.upper()} objective")
+            values = [row[f"{name}_p{quantile}_ms"] for row in rows]
+            latency.plot(offered, values, style, color=colour, label=f"{name.upper()} P{quantile}")
+        if limit := results.settings[f"slo_{name}_ms"]:
+            latency.axhline(limit, color=colour, linestyle=":", label=f"{name.upper()} objective")
     if knee:
         requests.axvline(knee, color=COLOURS["quiet"], linestyle="--", label="knee")
         latency.axvline(knee, color=COLOURS["quiet"], linestyle="--")
@@ -33,9 +33,9 @@ def plot(path: str, rows: Sequence[Mapping], knee: float | None, results: Report
     latency.yaxis.set_minor_formatter(LogFormatter())
     legend_below(requests)
     legend_below(latency)
-    simulated = results.settings["model"] == STANDIN
-    model = "stand-in for a server" if simulated else results.settings["model"]
-    save_plot(figure, path, message=_message(offered, knee), model=model, machine=results.machine, simulated=simulated)
+    model, simulated = results.settings["model"], results.settings["model"] == STANDIN
+    model = "stand-in for a server" if simulated else model
+    save_plot(figure, path, _message(offered, knee), model, results.machine, simulated)
 
 
 def _message(offered: Sequence[float], knee: float | None) -> str:

@@ -50,10 +50,7 @@ def claim(capacity: Sequence[Mapping]) -> Verdict:
     """W1 asks for two things: the requests/s of a full server, and the rate up to which the objective is kept."""
     _, full, knee = capacity
     error = full["error_percent"]
-    measured = (
-        f"a full server answers {full['synthetic']:.2f} requests/s predicted, {full['trace']:.2f} with the trace "
-        f"({error:+.1f}%); the objective is kept up to {knee['synthetic']:.2f}/s predicted, "
-        f"{knee['trace']:.2f}/s with the trace"
-    )
-    keeps = knee["trace"] > 0 and abs(knee["error_percent"]) <= W1_PERCENT
-    return judge("W1", abs(error) <= W1_PERCENT and keeps, measured)
+    answers = f"{full['synthetic']:.2f} requests/s predicted, {full['trace']:.2f} with the trace ({error:+.1f}%)"
+    kept = f"{knee['synthetic']:.2f}/s predicted, {knee['trace']:.2f}/s with the trace"
+    holds = abs(error) <= W1_PERCENT and knee["trace"] > 0 and abs(knee["error_percent"]) <= W1_PERCENT
+    return judge("W1", holds, f"a full server answers {answers}; the objective is kept up to {kept}")

@@ -26,6 +26,9 @@ class Routing:
     experts: torch.Tensor
     weights: torch.Tensor
 
+    def __getitem__(self, tokens: slice | torch.Tensor) -> "Routing":
+        return Routing(self.experts[tokens], self.weights[tokens])
+
 
 def route(logits: torch.Tensor, top_k: int) -> Routing:
     """The `top_k` largest of the router's logits [T, E], and a softmax over them: weights sum to 1.
@@ -111,21 +114,17 @@ class Experts(nn.Module):
 
     def compute(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         """One expert on rows x [N, H]: [N, H]."""
-        return activate(x @ self.w_in[expert].t(), self.sizes.gated) @ self.w_out[expert].t()
+        h = x @ self.w_in[expert].t()  # [N, rows_in]
+        if self.sizes.gated:
+            gate, up = h.chunk(2, dim=-1)
+            return (F.silu(gate) * up) @ self.w_out[expert].t()
+        return F.gelu(h) @ self.w_out[expert].t()
 
 
 def _quantized(weight: torch.Tensor) -> Fp8Weight:
     """[E, N, K] in FP8, expert by expert, to keep the float32 copy small."""
     parts = [quantize(matrix, "row", fill=1.0) for matrix in weight]
     return Fp8Weight(torch.stack([p.values for p in parts]), torch.stack([p.inverse[:, 0] for p in parts]))
-
-
-def activate(h: torch.Tensor, gated: bool) -> torch.Tensor:
-    """silu(gate) * up for h = [gate, up], else gelu(h): [N, rows_in] to [N, I]."""
-    if not gated:
-        return F.gelu(h)
-    gate, up = h.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 Dispatch = Callable[[torch.Tensor, Experts, Routing], torch.Tensor]  # tokens x [T, H], experts, routing: [T, H]

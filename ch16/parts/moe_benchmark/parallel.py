@@ -15,13 +15,26 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
-from ch16.parts.moe_benchmark.dispatch import steps_on
 from ch16.parts.moe_benchmark.experts import Dispatch, Experts, Routing
-from ch16.parts.moe_benchmark.plain import arrange, sort_rows
-from ch16.parts.moe_benchmark.routing import expert_load, rank_load, require_divisible
-from common.device import synchronise
+from ch16.parts.moe_benchmark.plain import arrange, sort_rows, steps_on
+from ch16.parts.moe_benchmark.presets import Preset, require_memory
+from ch16.parts.moe_benchmark.reference import TOLERANCE
+from ch16.parts.moe_benchmark.routing import (
+    PATTERNS,
+    REFERENCE,
+    expert_load,
+    make_routing,
+    rank_load,
+    require_divisible,
+    rows_exchanged,
+)
+from ch16.parts.moe_benchmark.sizes import MoESizes
+from common.cli import CannotRun
+from common.device import synchronise, torch_dtype
 from common.distributed import Ranks
+from common.gpu import Machine
 
 
 @dataclass(frozen=True)
@@ -35,12 +48,7 @@ class Exchange:
 
 
 class ExpertParallel:
-    """A layer of experts spread over ranks.
-
-    Args:
-        shard: this rank's experts, E / N of them.
-        ranks: this process among all.
-        dispatch: how a rank computes the rows that arrived.
+    """A layer of experts spread over ranks: `shard` is this rank's E / N, `dispatch` computes the rows that arrive.
 
     Calling it is collective: every rank takes part with its own tokens x [T, H] and their routing over all E
     experts, and gets its tokens' outputs [T, H].
@@ -65,9 +73,8 @@ class ExpertParallel:
         dist.all_to_all_single(arriving, counts)
         experts = torch.arange(share, device=counts.device).repeat(world).repeat_interleave(arriving)
         local = Routing(experts[:, None], torch.ones(len(experts), 1, device=counts.device))
-        return Exchange(
-            places, counts.view(world, share).sum(1).tolist(), arriving.view(world, share).sum(1).tolist(), local
-        )
+        sent, received = (rows.view(world, share).sum(1).tolist() for rows in (counts, arriving))
+        return Exchange(places, sent, received, local)
 
     def send(self, rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
         """Sorted rows to the ranks of their experts: the rows that arrive here."""
@@ -88,35 +95,16 @@ def _all_to_all(rows: torch.Tensor, received: list[int], sent: list[int]) -> tor
     return arrived
 
 
-def rank_part(routing: Routing, experts: int, rank: int, ranks: int) -> tuple[torch.Tensor, Routing]:
-    """What rank `rank` of `ranks` would compute: the token of each of its rows [R], and their routing there [R, 1]."""
-    require_divisible(experts, ranks)
-    share = experts // ranks
-    tokens, choice = (routing.experts // share == rank).nonzero(as_tuple=True)
-    chosen = routing.experts[tokens, choice] - rank * share
-    return tokens, Routing(chosen[:, None], torch.ones(len(tokens), 1, device=tokens.device))
-
-
-def busiest_part(routing: Routing, experts: int, ranks: int) -> tuple[int, torch.Tensor, Routing]:
-    """The rank with the most rows, and its part as `rank_part` gives it."""
-    busiest = int(rank_load(expert_load(routing, experts), ranks).argmax())
-    return busiest, *rank_part(routing, experts, busiest, ranks)
-
-
 @torch.no_grad()
 def measure_parallel(
     layer: ExpertParallel, cases: Mapping[str, tuple[torch.Tensor, Routing]], repeats: int
 ) -> dict[str, dict[str, float]]:
     """Medians over `repeats` in seconds, the same on every rank; collective. Cases are timed turn by turn.
 
-    Args:
-        cases: by name, this rank's tokens x [T, H] and their routing.
-
-    Returns:
-        For each case: `step`, the whole layer, and its parts, each timed with all ranks starting together. `compute`
-        is the mean of the ranks, `imbalance` what the slowest rank adds, `exchange` the two all_to_alls of rows, and
-        `rest` the difference: agreeing on numbers of rows, sorting, weighted sums, and ranks out of step. `spread` is
-        the interquartile range of `step` over its median, on the rank where it is largest.
+    A case is this rank's tokens x [T, H] and their routing. Its `step` is the whole layer. Parts are timed with all
+    ranks starting together: `compute` is the mean of the ranks, `imbalance` what the slowest rank adds, `exchange` the
+    two all_to_alls of rows, and `rest` the difference: agreeing on numbers of rows, sorting, weighted sums, and ranks
+    out of step. `spread` is the interquartile range of `step` over its median, on the rank where it is largest.
     """
     works = {}
     for name, (x, routing) in cases.items():
@@ -157,3 +145,76 @@ def _together(work: Callable[[], object], device: torch.device) -> float:
     work()
     synchronise(device)
     return time.perf_counter() - start
+
+
+def require_ranks(preset: Preset, tokens: int, machine: Machine, ranks: Ranks) -> None:
+    """Raise CannotRun on every rank if any rank cannot go on, before anything is allocated."""
+    world, problem = ranks.world_size, None
+    shared = world if machine.device == "cpu" else 1  # on a CPU all ranks share the memory
+    try:
+        require_divisible(preset.experts, world)
+        require_memory(preset, tokens, machine, copies=shared, contenders=shared * world * len(PATTERNS))
+    except CannotRun as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * world
+    dist.all_gather_object(problems, problem)
+    if found := next(filter(None, problems), None):
+        raise CannotRun(found)
+
+
+@torch.no_grad()
+def measure_ranks(
+    preset: Preset, dispatch: Dispatch, machine: Machine, ranks: Ranks, sizes: MoESizes, seed: int
+) -> list[dict]:
+    """Rows of RANK_COLUMNS for each number of tokens per rank and each routing pattern.
+
+    Raises:
+        CannotRun: experts do not divide by ranks, they do not fit in memory, or the outputs differ from one process's.
+    """
+    require_ranks(preset, max(sizes.tokens), machine, ranks)
+    world = ranks.world_size
+    torch.manual_seed(seed)  # the same weights on every rank, which keeps its share and checks against the whole
+    experts = Experts.random(preset.sizes, ranks.device.type, torch_dtype(machine))
+    torch.manual_seed(seed + 1 + ranks.rank)  # other tokens on every rank
+    share, rows = preset.experts // world, []
+    layer = ExpertParallel(experts.part(ranks.rank * share, share), ranks, dispatch)
+    for tokens in tqdm(sizes.tokens, desc="ranks", leave=False, disable=None if ranks.rank == 0 else True):
+        cases, routings, errors = {}, {}, {}
+        for pattern in PATTERNS:
+            routing = make_routing(pattern, tokens * world, preset.experts, preset.top_k, seed)
+            routings[pattern] = routing
+            own = routing[ranks.rank * tokens : (ranks.rank + 1) * tokens]
+            own = Routing(own.experts.to(ranks.device), own.weights.to(ranks.device))
+            x = torch.randn(tokens, preset.hidden, device=ranks.device, dtype=experts.w_in.dtype)
+            errors[pattern] = _largest_difference(layer(x, own), dispatch(x, experts, own))
+            if not errors[pattern] <= TOLERANCE:
+                raise CannotRun(f"{world} ranks disagree with one process by {100 * errors[pattern]:.1f}%")
+            cases[pattern] = x, own
+        seconds = measure_parallel(layer, cases, 4 * sizes.repeats)  # processes get out of step at random
+        for pattern in PATTERNS:
+            row = _row(preset, experts.w_in.element_size(), routings[pattern], world, seconds[pattern])
+            row["rank_cost_percent"] = 100 * (seconds[pattern]["step"] / seconds[REFERENCE]["step"] - 1)
+            rows.append({"pattern": pattern, "tokens": tokens, **row, "error": errors[pattern]})
+    return rows
+
+
+def _row(preset: Preset, itemsize: int, routing: Routing, world: int, seconds: Mapping[str, float]) -> dict:
+    """The load of `world` ranks, and the seconds of `measure_parallel`: keys of RANK_COLUMNS."""
+    load = expert_load(routing, preset.experts)
+    by_rank = rank_load(load, world)
+    busiest = rows_exchanged(routing, world, preset.experts // world) * preset.hidden * itemsize
+    return {
+        "max_mean": float(load.max() / load.mean()),
+        "rank_max_mean": float(by_rank.max() / by_rank.mean()),
+        **{f"{name}_ms": 1e3 * value for name, value in seconds.items() if name != "spread"},
+        "rank_spread_percent": 100 * seconds["spread"],
+        "gb_per_s": 2 * busiest / seconds["exchange"] / 1e9 if busiest else None,  # there and back
+        "tokens_per_s": len(routing.experts) / seconds["step"],
+    }
+
+
+def _largest_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """||found - expected|| / ||expected||, the largest of all ranks."""
+    error = (found.float() - expected.float()).norm() / expected.float().norm()
+    dist.all_reduce(error, op=dist.ReduceOp.MAX)
+    return error.item()

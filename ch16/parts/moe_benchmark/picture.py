@@ -26,14 +26,15 @@ def plot_patterns(path: str, rows: Sequence[dict], layer: str, machine: Machine)
     """The load of the experts, busiest first, beside the cost of each pattern, both for the most tokens."""
     figure, (load, cost) = draw(2)
     tokens = max(row["tokens"] for row in rows)
-    for row in (row for row in rows if row["tokens"] == tokens):
+    rows = [row for row in rows if row["tokens"] == tokens]
+    for row in rows:
         mean, experts = sum(row["load"]) / len(row["load"]), range(1, len(row["load"]) + 1)
         colour = PATTERN_COLOURS[row["pattern"]]
         load.step(experts, [n / mean for n in row["load"]], where="mid", color=colour, label=row["pattern"])
     load.set(title=f"Load of the experts, {tokens:,} tokens", xlabel="expert, busiest first")
     load.set(ylabel="rows over their mean", ylim=(0, None))
     legend_below(load)
-    shown = [row for row in rows if row["tokens"] == tokens and row["pattern"] != REFERENCE]
+    shown = [row for row in rows if row["pattern"] != REFERENCE]
     places = (("cost_percent", "one device", "baseline"), ("rank_cost_percent", f"busiest of {RANKS} ranks", "variant"))
     for shift, (key, label, colour) in zip((-0.2, 0.2), places, strict=True):
         costs = [row.get(key, 0.0) for row in shown]
@@ -42,14 +43,10 @@ def plot_patterns(path: str, rows: Sequence[dict], layer: str, machine: Machine)
     cost.set(title=f"Cost over balanced routing, {tokens:,} tokens", ylabel="extra time, %")
     cost.set_xticks(range(len(shown)), [row["pattern"].replace("most ", "").replace(" ", "\n") for row in shown])
     legend_below(cost)
-    save_plot(figure, path, _patterns_message(shown), layer, machine, simulated=True)
-
-
-def _patterns_message(rows: Sequence[dict]) -> str:
-    load = max(row["max_mean"] for row in rows)
-    cost = max(row[key] for row in rows for key in ("cost_percent", "rank_cost_percent") if key in row)
-    effect = f"costs a layer up to {cost:.0f}% more time" if cost > 0 else "costs no time here"
-    return f"Up to {load:.1f}x the mean load on the busiest expert {effect}"
+    most = max(row[key] for row in shown for key, _, _ in places if key in row)
+    effect = f"costs a layer up to {most:.0f}% more time" if most > 0 else "costs no time here"
+    message = f"Up to {max(row['max_mean'] for row in shown):.1f}x the mean load on the busiest expert {effect}"
+    save_plot(figure, path, message, layer, machine, simulated=True)
 
 
 def plot_ranks(path: str, rows: Sequence[dict], layer: str, machine: Machine) -> None:
@@ -68,9 +65,7 @@ def plot_ranks(path: str, rows: Sequence[dict], layer: str, machine: Machine) ->
         axis.plot(names, layers, "_", color=COLOURS["limit"], markersize=36, label="layer, measured whole")
         axis.set(title=f"{tokens:,} tokens per rank", ylabel="ms per layer", xlabel="routing")
         legend_below(axis, 3)
-    imbalance = max(rows, key=lambda row: row["imbalance_ms"] / row["step_ms"])
-    share = 100 * imbalance["imbalance_ms"] / imbalance["step_ms"]
-    message = (
-        f"Waiting for the busiest rank takes up to {share:.0f}% of a layer's time ({imbalance['pattern']} routing)"
-    )
+    most = max(rows, key=lambda row: row["imbalance_ms"] / row["step_ms"])
+    share = f"{100 * most['imbalance_ms'] / most['step_ms']:.0f}% of a layer's time ({most['pattern']} routing)"
+    message = f"Waiting for the busiest rank takes up to {share}"
     save_plot(figure, path, message, layer, machine, simulated=True)

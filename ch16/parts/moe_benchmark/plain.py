@@ -1,19 +1,26 @@
 """The steps of grouped dispatch in plain PyTorch: sort, arrange, compute, combine. `kernels.py` has them for GPUs."""
 
+import sys
+from types import ModuleType
+
 import torch
 
 from ch16.parts.moe_benchmark.experts import Experts
 
 
+def steps_on(device: torch.device) -> ModuleType:
+    """The module whose `sort_rows`, `arrange`, `compute_sorted` and `combine` are for this device: this one on CPUs."""
+    if device.type == "cpu":
+        return sys.modules[__name__]
+    from ch16.parts.moe_benchmark import kernels  # needs Triton, which comes with PyTorch for GPUs
+
+    return kernels
+
+
 def sort_rows(experts: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each row goes when rows are sorted by expert, and where each expert's rows end.
+    """Where the rows of `experts` [T, K], sorted by expert, go, and where the rows of each of the `count` experts end.
 
-    Args:
-        experts: [T, K], numbers below `count`.
-        count: experts E.
-
-    Returns:
-        Places [T, K] int64, a permutation of 0 .. R - 1 that keeps the order of tokens, and ends [E] int64.
+    Places [T, K] int64, a permutation of 0 .. R - 1 that keeps the order of tokens, and ends [E] int64.
     """
     order = experts.flatten().argsort(stable=True)
     places = torch.empty_like(order)

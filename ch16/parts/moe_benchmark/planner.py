@@ -19,7 +19,7 @@ from common.cli import CannotRun
 from common.engine import GPU_MEMORY_UTILIZATION
 from common.gpu import Machine
 
-BYTES = 2  # of a weight or a key: bfloat16
+BYTES = 2  # of a weight, a key or a value: bfloat16
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,7 @@ class Link:
     latency_s: float = 0.0
 
     def exchange_seconds(self, rows: int, hidden: int, ranks: int) -> float:
-        """Rows [rows, hidden] of a rank to their experts and back: two all_to_alls; (N - 1) / N of the rows leave.
-
-        Raises:
-            CannotRun: several ranks, and the link between them is unknown.
-        """
+        """Rows [rows, hidden] of a rank to their experts and back: two all_to_alls; (N - 1) / N of the rows leave."""
         if ranks == 1:
             return 0.0
         if not self.bytes_per_s:
@@ -85,16 +81,10 @@ class Link:
 
 
 def link_between_gpus(machine: Machine, gb_per_s: float | None, latency_us: float | None) -> Link:
-    """The link as given, else from the machine's data sheet, else unknown.
-
-    Args:
-        gb_per_s: 1e9 bytes/s out of a GPU; None: not given.
-        latency_us: microseconds until an exchange starts; None: not counted.
-    """
+    """The link as given (1e9 bytes/s out of a GPU), else from the machine's data sheet, else unknown."""
     late = f" after {latency_us:g} us" if latency_us else ", latency not counted (--link-latency-us adds it)"
-    rate, source = 1e9 * (gb_per_s or 0), "as given"
-    if not gb_per_s:
-        rate, source = machine.peak.link_bytes_per_s, "by the data sheet"
+    rate = 1e9 * gb_per_s if gb_per_s else machine.peak.link_bytes_per_s
+    source = "as given" if gb_per_s else "by the data sheet"
     return Link(rate, f"{rate / 1e9:g} GB/s {source}{late}" if rate else "unknown", 1e-6 * (latency_us or 0))
 
 
@@ -111,11 +101,7 @@ def predict(preset: Preset, workload: Workload, prefill: Parts, decode: Parts, r
 
 
 def memory_per_rank(preset: Preset, workload: Workload, ranks: int, itemsize: int = BYTES) -> dict[str, float]:
-    """Bytes of weights (experts shared out, the rest on every rank) and of the KV cache at the workload's end.
-
-    Args:
-        itemsize: bytes of a weight or a key.
-    """
+    """Bytes of weights (experts shared out, the rest on every rank) and of the KV cache at the workload's end."""
     weights = itemsize * (preset.expert_parameters / ranks + preset.other_parameters)
     tokens = workload.rank_sequences(ranks) * (workload.tokens_in + workload.tokens_out)
     return {"weights": weights, "kv_cache": tokens * itemsize * preset.kv_values_per_token}
@@ -126,12 +112,8 @@ def fits(memory: dict[str, float], available: float) -> bool:
     return sum(memory.values()) <= GPU_MEMORY_UTILIZATION * available
 
 
-def gpus_needed(rows: Sequence[dict], target: float) -> int | None:
-    """The fewest GPUs that fit and reach `target` tokens/s; None if no row of the plan does."""
-    return min((r["gpus"] for r in rows if r["fits"] == "yes" and (r["tokens_per_s"] or 0) >= target), default=None)
-
-
-def gpus_text(needed: int | None, most: int) -> str:
-    """In words, for a plan that ends with `most` GPUs: "1 GPU", "4 GPUs", "more than 8 GPUs"."""
-    count = needed or most
+def gpus_needed(rows: Sequence[dict], target: float) -> str:
+    """The fewest GPUs of a plan that fit and reach `target` tokens/s: "1 GPU", "4 GPUs", "more than 8 GPUs"."""
+    needed = [row["gpus"] for row in rows if row["fits"] == "yes" and (row["tokens_per_s"] or 0) >= target]
+    count = min(needed, default=rows[-1]["gpus"])
     return f"{'' if needed else 'more than '}{count} GPU{'' if count == 1 else 's'}"

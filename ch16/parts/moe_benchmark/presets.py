@@ -52,7 +52,7 @@ class Preset:
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
-# What makes layers differ from each other, or adds parts that are not in this benchmark.
+# Dense layers, experts shared by all tokens, latent attention.
 _OTHER_PARTS = (
     "first_k_dense_replace",
     "mlp_only_layers",
@@ -63,13 +63,10 @@ _OTHER_PARTS = (
 
 
 def from_config(name: str, config: Mapping[str, object]) -> Preset:
-    """A preset from the content of a model's config.json.
-
-    The whole model is known where all layers are alike. Of models with dense layers, experts shared by all tokens or
-    latent attention, only the layer of routed experts is known.
+    """A preset from a model's config.json: only a layer where layers differ or have parts that are not measured here.
 
     Raises:
-        CannotRun: the model is no mixture of experts.
+        CannotRun: the model is no mixture of experts, or a size is missing.
     """
     counts = (config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
     experts, top_k = next(filter(None, counts), 0), config.get("num_experts_per_tok")
@@ -80,14 +77,9 @@ def from_config(name: str, config: Mapping[str, object]) -> Preset:
         layer = Preset(name, hidden, config.get("moe_intermediate_size") or config["intermediate_size"], experts, top_k)
         if any(map(config.get, _OTHER_PARTS)) or config.get("decoder_sparse_step", 1) != 1:
             return layer
-        return replace(
-            layer,
-            layers=config["num_hidden_layers"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            vocab=config["vocab_size"],
-        )
+        layers, vocab = config["num_hidden_layers"], config["vocab_size"]
+        kv_heads, head_dim = config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
+        return replace(layer, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim, vocab=vocab)
     except KeyError as error:
         raise CannotRun(f"{name}: its config.json has no {error}") from None
 
@@ -95,13 +87,10 @@ def from_config(name: str, config: Mapping[str, object]) -> Preset:
 def require_memory(
     preset: Preset, tokens: int, machine: Machine, copies: float = 1.0, contenders: int = 1, extra: float = 0.0
 ) -> None:
-    """Raise CannotRun before anything is allocated if a layer's weights and its rows do not fit into memory.
+    """Raise CannotRun before anything is allocated if a layer does not fit into memory.
 
-    Args:
-        tokens: the layer's input.
-        copies: of the weights: an FP8 copy counts half.
-        contenders: works that keep their rows at the same time; a CUDA graph keeps its memory.
-        extra: further bytes.
+    Counted are `copies` of its weights (one in FP8 is half a copy), the rows of `tokens` tokens for each of the
+    `contenders` that keep theirs at the same time (a CUDA graph does), and `extra` bytes.
     """
     weights = copies * machine.itemsize * preset.experts * preset.sizes.parameters
     rows = tokens * preset.top_k * (2 * preset.hidden + preset.sizes.rows_in + preset.intermediate)
@@ -118,11 +107,7 @@ def require_memory(
 def those_that_fit(
     presets: Sequence[Preset], tokens: int, machine: Machine, **needs: float
 ) -> tuple[list[Preset], list[str]]:
-    """The presets that pass `require_memory`, and its messages about the rest.
-
-    Raises:
-        CannotRun: none fits.
-    """
+    """The presets that pass `require_memory`, at least one, and its messages about the rest."""
     fitting, left_out = [], []
     for preset in presets:
         try:

@@ -1,4 +1,4 @@
-"""Where tokens go: simulated routing patterns, and measures of how even the load is.
+"""Where tokens go: simulated routing patterns, how even the load is, and what uneven routing costs.
 
 Load balance is described by the measures of the field. With c[e] rows for expert e of E, R rows in all:
 
@@ -10,13 +10,19 @@ Load balance is described by the measures of the field. With c[e] rows for exper
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from ch16.parts.moe_benchmark.experts import Routing, route
+from ch16.parts.moe_benchmark.experts import Dispatch, Experts, Routing, route
+from ch16.parts.moe_benchmark.presets import Preset
+from ch16.parts.moe_benchmark.sizes import MoESizes
 from common.cli import CannotRun
+from common.device import torch_dtype
+from common.gpu import Machine
+from common.timing import Timing, graphed, measure_together, relative_spread
 
 REFERENCE = "balanced"
 PATTERNS = (REFERENCE, "uniform", "zipf", "hot")
@@ -27,17 +33,14 @@ RANKS = 8  # emulated, where the cost of the busiest rank is measured on one dev
 
 
 def make_routing(pattern: str, tokens: int, experts: int, top_k: int, seed: int = 0, device: str = "cpu") -> Routing:
-    """Simulated choices of a router.
+    """Simulated choices of a router: K = `top_k` different experts for each token.
 
-    Args:
-        pattern: "balanced": as even as numbers allow (no real router is). "uniform": each choice equally likely, so
-            uneven by chance. "zipf": the expert of rank r is 1 / r as popular. "hot": half of all tokens choose
-            expert 0, the other choices are uniform.
-        tokens, experts, top_k: T, E and K; choices of a token differ.
+    "balanced": as even as numbers allow (no real router is). "uniform": each choice equally likely, so uneven by
+    chance. "zipf": the expert of rank r is 1 / r as popular. "hot": half of all tokens choose expert 0, the other
+    choices are uniform.
 
     Raises:
         CannotRun: no tokens, or more choices than experts.
-        ValueError: an unknown pattern.
     """
     if tokens < 1:
         raise CannotRun("zero tokens: there is nothing to route")
@@ -67,11 +70,7 @@ def expert_load(routing: Routing, experts: int) -> np.ndarray:
 
 
 def load_balance(load: Sequence[int] | np.ndarray, capacity_factor: float = CAPACITY_FACTOR) -> dict[str, float]:
-    """The measures above for rows c[e]; percentages for empty experts and dropped rows.
-
-    Raises:
-        ValueError: no experts, or no rows at all.
-    """
+    """The measures above for rows c[e], at least one; percentages for empty experts and dropped rows."""
     load = np.asarray(load, dtype=float)
     if load.size == 0 or load.sum() == 0:
         raise ValueError("load balance needs experts and rows")
@@ -88,23 +87,29 @@ def load_balance(load: Sequence[int] | np.ndarray, capacity_factor: float = CAPA
 
 
 def rank_load(load: Sequence[int] | np.ndarray, ranks: int) -> np.ndarray:
-    """Rows of each rank when experts are spread in order over `ranks` of them: [ranks].
-
-    Raises:
-        CannotRun: experts do not divide by ranks.
-    """
+    """Rows of each rank [ranks] when experts are spread in order over them."""
     load = np.asarray(load)
     require_divisible(load.size, ranks)
     return load.reshape(ranks, -1).sum(axis=1)
 
 
-def rows_exchanged(routing: Routing, ranks: int, share: int) -> int:
-    """The most rows a rank sends to other ranks, or receives, when tokens and experts are spread in order.
+def rank_part(routing: Routing, experts: int, rank: int, ranks: int) -> tuple[torch.Tensor, Routing]:
+    """What rank `rank` of `ranks` would compute: the token of each of its rows [R], and their routing there [R, 1]."""
+    require_divisible(experts, ranks)
+    share = experts // ranks
+    tokens, choice = (routing.experts // share == rank).nonzero(as_tuple=True)
+    chosen = routing.experts[tokens, choice] - rank * share
+    return tokens, Routing(chosen[:, None], torch.ones(len(tokens), 1, device=tokens.device))
 
-    Args:
-        routing: of the tokens of all ranks, [T, k].
-        share: experts per rank.
-    """
+
+def busiest_part(routing: Routing, experts: int, ranks: int) -> tuple[int, torch.Tensor, Routing]:
+    """The rank with the most rows, and its part as `rank_part` gives it."""
+    busiest = int(rank_load(expert_load(routing, experts), ranks).argmax())
+    return busiest, *rank_part(routing, experts, busiest, ranks)
+
+
+def rows_exchanged(routing: Routing, ranks: int, share: int) -> int:
+    """The most rows a rank sends to other ranks, or receives: tokens and experts in order, `share` experts each."""
     homes = routing.experts.cpu() // share
     owners = (torch.arange(len(homes)) * ranks // len(homes))[:, None].expand_as(homes)
     leaving = homes != owners
@@ -116,3 +121,66 @@ def require_divisible(experts: int, ranks: int) -> None:
     """Raise CannotRun unless each rank gets the same number of experts."""
     if experts % ranks:
         raise CannotRun(f"{experts} experts do not divide by {ranks} ranks")
+
+
+def measure_routing(
+    preset: Preset, dispatch: Dispatch, trained: Sequence[Routing], machine: Machine, sizes: MoESizes, seed: int
+) -> list[dict]:
+    """Rows of PATTERN_COLUMNS for a layer: simulated patterns, and the most and least even layer of a trained model.
+
+    `trained` has the routing of the most tokens in each layer of a model with as many experts, or nothing.
+    """
+    experts, rows = Experts.random(preset.sizes, machine.device, torch_dtype(machine)), []
+    ordered = sorted(trained, key=lambda routing: int(expert_load(routing, preset.experts).max()))
+    for count in tqdm(sizes.tokens, desc="routing", leave=False, disable=None):
+        shape = count, preset.experts, preset.top_k, seed, machine.device
+        routings = {name: make_routing(name, *shape) for name in PATTERNS}
+        if ordered:
+            routings |= {"trained, evenest": ordered[0][:count], "trained, most uneven": ordered[-1][:count]}
+        x = torch.randn(count, preset.hidden, device=machine.device, dtype=experts.w_in.dtype)
+        rows += measure_patterns(routings, dispatch, x, experts, machine.device, sizes.repeats)
+    return rows
+
+
+@torch.no_grad()
+def measure_patterns(
+    routings: Mapping[str, Routing], dispatch: Dispatch, x: torch.Tensor, experts: Experts, device: str, repeats: int
+) -> list[dict]:
+    """Rows of PATTERN_COLUMNS for tokens x [T, H] and routings, REFERENCE among them, timed turn by turn.
+
+    A cost is of the medians, in percent. Its spread is the interquartile range of the turns' own ratios to balanced
+    routing over their median, also in percent.
+    """
+    count = experts.sizes.experts
+    ranks = RANKS if count % RANKS == 0 else 1
+    works = {}
+    for name, routing in routings.items():
+        works[name] = lambda routing=routing: dispatch(x, experts, routing)
+        if ranks > 1:
+            share = count // ranks
+            busiest, tokens, local = busiest_part(routing, count, ranks)
+            rows, shard = x[tokens], experts.part(busiest * share, share)
+            works[name, "rank"] = lambda rows=rows, shard=shard, local=local: dispatch(rows, shard, local)
+    if device == "cuda":
+        works = {name: graphed(work) for name, work in works.items()}
+    took, found = measure_together(works, device, repeats=repeats), []
+    for name, routing in routings.items():
+        load = expert_load(routing, count)
+        row = {"pattern": name, "tokens": len(x), **load_balance(load), **_cost(took[name], took[REFERENCE])}
+        row["load"] = sorted(load.tolist(), reverse=True)
+        if ranks > 1:
+            by_rank, cost = rank_load(load, ranks), _cost(took[name, "rank"], took[REFERENCE, "rank"])
+            row["rank_max_mean"] = float(by_rank.max() / by_rank.mean())
+            row |= {f"rank_{key}": value for key, value in cost.items()}
+        found.append(row)
+    return found
+
+
+def _cost(timing: Timing, reference: Timing) -> dict[str, float]:
+    """Milliseconds, their cost over the reference, and how much that differs from turn to turn."""
+    ratios = [seconds / even for seconds, even in zip(timing.seconds, reference.seconds, strict=True)]
+    return {
+        "ms": 1e3 * timing.median,
+        "cost_percent": 100 * (timing.median / reference.median - 1),
+        "spread_percent": 100 * relative_spread(ratios),
+    }

@@ -69,11 +69,7 @@ def sizes_for(machine: Machine, quick: bool) -> MoESizes:
 
 
 def sizes_from(args: argparse.Namespace, machine: Machine) -> MoESizes:
-    """The machine's sizes, with what the flags change.
-
-    Raises:
-        CannotRun: --tokens is not a list of positive numbers.
-    """
+    """The machine's sizes, with what the flags change."""
     sizes = sizes_for(machine, args.quick)
     if args.tokens is not None:
         try:
@@ -93,11 +89,10 @@ def sizes_from(args: argparse.Namespace, machine: Machine) -> MoESizes:
 def chapter_presets(configs: Sequence[Mapping[str, int]], sizes: MoESizes) -> list[Preset]:
     """The chapter's configurations, and those of 64 experts also with gated experts, as models have them today."""
     layers = []
-    for gated in (False, True):
+    for gated, intermediate in ((False, 4 * sizes.hidden), (True, sizes.gated_intermediate)):
         for config in configs:
             experts, top_k = config["num_experts"], config["experts_per_token"]
             name = f"{experts} {'gated ' if gated else ''}experts, top-{top_k}"
-            intermediate = sizes.gated_intermediate if gated else 4 * sizes.hidden
             if not gated or experts == 64:
                 layers.append(Preset(name, sizes.hidden, intermediate, experts, top_k, gated))
     return layers
@@ -116,11 +111,7 @@ class Selection:
 
 
 def select(args: argparse.Namespace, machine: Machine, sizes: MoESizes, chapter: list[Preset]) -> Selection:
-    """What to measure, checked against the memory that is free.
-
-    Raises:
-        CannotRun: it does not fit, or there is no such model or text.
-    """
+    """What to measure; CannotRun if it does not fit into free memory, or there is no such model or text."""
     presets = [PRESETS[args.preset]] if args.preset else chapter + [PRESETS[name] for name in sizes.presets]
     layers, left_out = those_that_fit(presets, max(sizes.tokens), machine, copies=WEIGHT_COPIES, contenders=CONTENDERS)
     if left_out and (args.hidden_size or args.tokens):  # asked for, not a default
@@ -134,11 +125,7 @@ def select(args: argparse.Namespace, machine: Machine, sizes: MoESizes, chapter:
 
 
 def whole_preset(args: argparse.Namespace, machine: Machine) -> Preset:
-    """The model to plan for: --preset, else the largest that runs here with room for its KV cache.
-
-    Raises:
-        CannotRun: of --preset only a layer is known.
-    """
+    """The model to plan for: --preset, else the largest that runs here with room for its KV cache."""
     if args.preset:
         if not PRESETS[args.preset].layers:
             raise CannotRun(f"of {args.preset} only the layer of experts is known here")

@@ -14,14 +14,22 @@ CHOICE_BIASES = ("e_score_correction_bias", "expert_bias")  # added to an expert
 
 
 def trained_routing(network: nn.Module, ids: torch.Tensor, top_k: int) -> list[Routing]:
-    """The choices of each MoE layer's router for token ids [N, length], layer by layer: N x length tokens.
+    """The choices of each MoE layer's router for token ids [N, length], read window by window: N x length tokens.
 
     Raises:
         CannotRun: the model does not give its routers' logits, or chooses by more than them.
     """
     _require_plain_choice(network)
-    windows = [_router_logits(network, window[None]) for window in ids]
-    return [route(torch.cat(layer), top_k) for layer in zip(*windows, strict=True)]
+    options = {"output_router_logits": True, "logits_to_keep": 1}
+    try:
+        with torch.no_grad():
+            windows = [network(input_ids=window[None], **options).router_logits for window in ids]
+    except (TypeError, AttributeError) as error:
+        raise CannotRun(f"this model does not show its routers: {first_line(error)}") from None
+    if not windows[0]:
+        raise CannotRun("this model has no routers: it is not a mixture of experts")
+    layers = (torch.cat(layer) for layer in zip(*windows, strict=True) if layer[0] is not None)
+    return [route(logits.reshape(-1, logits.shape[-1]), top_k) for logits in layers]
 
 
 def _require_plain_choice(network: nn.Module) -> None:
@@ -40,29 +48,12 @@ def _require_plain_choice(network: nn.Module) -> None:
     raise CannotRun(f"this model's routers choose by {why}, not by their logits alone, which are all that is read here")
 
 
-def _router_logits(network: nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
-    """Of one window [1, length]: logits [length, E] for each layer with experts."""
-    try:
-        with torch.no_grad():
-            logits = network(input_ids=ids, output_router_logits=True, logits_to_keep=1).router_logits
-    except (TypeError, AttributeError) as error:
-        raise CannotRun(f"this model does not show its routers: {first_line(error)}") from None
-    if not logits:
-        raise CannotRun("this model has no routers: it is not a mixture of experts")
-    return [layer.reshape(-1, layer.shape[-1]) for layer in logits if layer is not None]
-
-
 def read_with(model: Model, text: str, tokens: int, top_k: int, machine: Machine) -> list[Routing]:
-    """Routing of `tokens` tokens of a text in each MoE layer of a model.
-
-    Raises:
-        CannotRun: the text is too short, or the model cannot be loaded or has no routers.
-    """
+    """Routing of `tokens` tokens of a text, which must have as many, in each MoE layer of a model."""
     network, tokenizer = load_model(model, machine.device, machine.dtype)
     length = min(WINDOW, tokens)
     count = -(-tokens // length)
     ids = token_windows(text[: 40 * count * length], tokenizer, count, length)  # no need to tokenize a whole book
     if ids.max() >= network.config.vocab_size:
         raise CannotRun(f"the tokenizer of {model.name} gives ids that the model does not know")
-    layers = trained_routing(network, ids.to(machine.device), top_k)
-    return [Routing(layer.experts[:tokens], layer.weights[:tokens]) for layer in layers]
+    return [layer[:tokens] for layer in trained_routing(network, ids.to(machine.device), top_k)]

@@ -28,10 +28,8 @@ def plot(path: str, answers: Sequence[Reply], scrapes: Sequence[Scrape], results
     for row, side in ((median, "right"), (last, "left")):
         at = np.interp((row["from_buckets_s"] + row["clients_s"]) / 2, bounds, places)
         left.text(at, 1.07 * max(counts), row["quantile"], ha=side)
-    left.set(
-        title="inference_latency_seconds", xlabel="latency, s (bounds of the buckets)", ylabel="requests per bucket"
-    )
-    left.set(ylim=(0, 1.2 * max(counts)))
+    left.set(title="inference_latency_seconds", xlabel="latency, s (bounds of the buckets)")
+    left.set(ylabel="requests per bucket", ylim=(0, 1.2 * max(counts)))
     failed = max(reply.latency_s for reply in answers if reply.error)
     left.text(int(np.interp(failed, bounds, places)) + 0.5, 1.1, "failed", ha="center")
     left.set_xticks(places[::2], [f"{bound:g}" for bound in bounds[::2]])

@@ -8,7 +8,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from ch16.parts.monitoring.client import Reply, Scrape, most_at_once
 from common.metrics import histogram_quantile
-from common.results import Column
+from common.results import Column, Report
 from common.timing import percentile
 
 LATENCY = "inference_latency_seconds"
@@ -46,6 +46,27 @@ TELLS = {
 }
 
 
+def fill(
+    results: Report,
+    explained: Mapping[MetricWrapperBase, str],
+    scrapes: Sequence[Scrape],
+    answers: Sequence[Reply],
+) -> None:
+    """Print and keep all tables, and each metric with its explanation."""
+    rows = series_rows(scrapes[-1])
+    results.table("series", "/metrics after the load, without buckets", rows, SERIES_COLUMNS)
+    print()
+    for metric, text in explained.items():
+        (family,) = metric.describe()
+        print(f"  {family.name}{'_total' * (family.type == 'counter')}\n    {text}")
+    buckets = gained_buckets(scrapes[0], scrapes[-1])
+    results.table("buckets", "Latency by bucket, without empty ones", bucket_rows(buckets), BUCKET_COLUMNS)
+    rows = quantile_rows(buckets, answers)
+    results.table("quantiles", "histogram_quantile and the clients' own latencies", rows, QUANTILE_COLUMNS)
+    rows = agreement_rows(scrapes, answers)
+    results.table("agreement", "Do server and clients agree?", rows, AGREEMENT_COLUMNS)
+
+
 def series_rows(scrape: Scrape) -> list[dict]:
     """Rows of SERIES_COLUMNS: the page without the buckets and times of creation."""
     rows = []
@@ -56,14 +77,6 @@ def series_rows(scrape: Scrape) -> list[dict]:
             tells = TELLS[sample.labels.get("outcome", sample.name)]
             rows.append({"series": series, "value": sample.value, "tells": tells})
     return rows
-
-
-def explain(explained: Mapping[MetricWrapperBase, str]) -> None:
-    """Print each metric with its explanation."""
-    print()
-    for metric, text in explained.items():
-        (family,) = metric.describe()
-        print(f"  {family.name}{'_total' * (family.type == 'counter')}\n    {text}")
 
 
 def gained_buckets(first: Scrape, last: Scrape) -> list[tuple[float, float]]:
@@ -121,20 +134,20 @@ def agreement_rows(scrapes: Sequence[Scrape], answers: Sequence[Reply]) -> list[
     tokens = sum(answer.tokens for answer in answers)
     shortest, longest = last.sent - first.received, last.received - first.sent
     active, rate = "inference_active_requests", last.value("inference_throughput_tokens_per_sec")
-    counts = (
-        ("requests answered", gained("inference_requests_total", outcome="ok"), answered),
-        ("requests failed", gained("inference_requests_total", outcome="error"), len(answers) - answered),
-        ("requests timed", gained(f"{LATENCY}_count"), len(answers)),
-        ("active after the last answer", last.value(active), 0),
-    )
-    bounds = (
-        ("most active in a scrape", max(scrape.value(active) for scrape in scrapes), most_at_once(answers)),
-        ("latencies, sum in s", gained(f"{LATENCY}_sum"), sum(answer.latency_s for answer in answers)),
-    )
-    reasons = ("not more: scrapes miss peaks", "not more: clients see HTTP as well")
-    rows = [(what, server, clients, "equal", server == clients) for what, server, clients in counts]
-    rows += [(*row, reason, row[1] <= row[2]) for row, reason in zip(bounds, reasons, strict=True)]
+    most, seconds = max(scrape.value(active) for scrape in scrapes), sum(answer.latency_s for answer in answers)
+    rows = []
+
+    def compare(what: str, server: float, clients: float, rule: str = "equal", agrees: bool | None = None) -> None:
+        if agrees is None:
+            agrees = server == clients if rule == "equal" else server <= clients
+        rows.append(dict(what=what, server=server, clients=clients, rule=rule, agrees="yes" if agrees else "no"))
+
+    compare("requests answered", gained("inference_requests_total", outcome="ok"), answered)
+    compare("requests failed", gained("inference_requests_total", outcome="error"), len(answers) - answered)
+    compare("requests timed", gained(f"{LATENCY}_count"), len(answers))
+    compare("active after the last answer", last.value(active), 0)
+    compare("most active in a scrape", most, most_at_once(answers), "not more: scrapes miss peaks")
+    compare("latencies, sum in s", gained(f"{LATENCY}_sum"), seconds, "not more: clients see HTTP as well")
     within = tokens / longest <= rate <= tokens / shortest
-    rows.append(("output tokens/s", rate, 2 * tokens / (shortest + longest), "equal, to a scrape's duration", within))
-    keys = [column.key for column in AGREEMENT_COLUMNS]
-    return [dict(zip(keys, (*row[:4], "yes" if row[4] else "no"), strict=True)) for row in rows]
+    compare("output tokens/s", rate, 2 * tokens / (shortest + longest), "equal, to a scrape's duration", within)
+    return rows

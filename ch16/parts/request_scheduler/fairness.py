@@ -27,11 +27,7 @@ class TokenCounters:
         self._set(tenant, max(self._served.get(tenant, 0.0), level))
 
     def leave(self, tenant: str) -> None:
-        """A tenant has no more waiting requests.
-
-        Raises:
-            KeyError: it did not wait.
-        """
+        """A tenant that waited has no more waiting requests."""
         del self._since[tenant]
         self._last = tenant
         if len(self._served) > self._prune_at + 2 * len(self._since):
@@ -47,11 +43,7 @@ class TokenCounters:
         self._set(tenant, (self._level() if known is None else known) + tokens)
 
     def least(self) -> str:
-        """The waiting tenant that was served least.
-
-        Raises:
-            IndexError: none waits.
-        """
+        """The waiting tenant that was served least; an IndexError if none waits."""
         while not self._current(self._heap[0]):
             heapq.heappop(self._heap)
         return self._heap[0][2]

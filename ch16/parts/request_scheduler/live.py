@@ -3,12 +3,11 @@
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from ch16.parts.request_scheduler.mix import Answer, Job
-from ch16.parts.request_scheduler.simulate import Queue
 from common.costs import TimedStep, timed_steps
 from common.load import SteppedEngine, exactly, random_prompts
 
@@ -17,18 +16,12 @@ if TYPE_CHECKING:
 
 
 def serve_live(
-    llm: "LLM", jobs: Sequence[Job], vocab_size: int, seed: int, queue: Queue | None = None, slots: int = 0
+    llm: "LLM", jobs: Sequence[Job], vocab_size: int, seed: int, queue: Any = None, slots: int = 0
 ) -> tuple[list[Answer], list[TimedStep]]:
-    """Send each job at its time; step the engine until all are answered.
+    """Send each job at its time, as random tokens; step the engine until all are answered.
 
-    Args:
-        vocab_size: of the model; prompts are random tokens, the i-th by `seed` + i.
-        queue: where requests wait while `slots` of them are with the engine. Without one all wait in the engine, which
-            knows their priority.
-        slots: requests with the engine at once; only with `queue`.
-
-    Returns:
-        An answer for each job, in their order and in seconds from the start; the steps.
+    With a `queue` (InferenceScheduler) jobs wait there while `slots` of them are with the engine; without one they wait
+    in the engine, which knows their priority. Returns an answer for each job, in their order, and the steps.
     """
     prompts = [random_prompts(1, job.tokens_in, vocab_size, seed + i)[0] for i, job in enumerate(jobs)]
     coming = deque(sorted(range(len(jobs)), key=lambda i: jobs[i].arrival_s))

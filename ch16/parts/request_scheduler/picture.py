@@ -5,24 +5,16 @@ from collections.abc import Mapping, Sequence
 
 from ch16.parts.request_scheduler.mix import CLASSES, Answer
 from ch16.parts.request_scheduler.tables import FCFS, PRIORITY
-from common.gpu import Machine
 from common.plots import COLOURS, draw, legend_below, save_plot
+from common.results import Report
 
 
-def plot(
-    path: str,
-    runs: Mapping[str, Sequence[Answer]],
-    simulated: Sequence[dict],
-    message: str,
-    model: str,
-    machine: Machine,
-) -> None:
+def plot(path: str, runs: Mapping[str, Sequence[Answer]], results: Report, message: str) -> None:
     """Left: time to first token of each live request over its arrival. Right: simulated P99 by policy and class.
 
-    Args:
-        runs: answers of the real engine by policy, those of FCFS and PRIORITY.
-        simulated: rows of WAIT_COLUMNS; a policy may have none for a class without requests.
+    `runs`: the answers of the real engine by policy. In the table "simulated" a policy may lack a class.
     """
+    simulated = results.tables["simulated"]["rows"]
     figure, (live, waits) = draw(2)
     for policy in (FCFS, PRIORITY):
         for kind in CLASSES:
@@ -47,4 +39,5 @@ def plot(
     waits.invert_yaxis()
     waits.grid(axis="x", alpha=0.3)
     legend_below(waits, 3)
-    save_plot(figure, path, message=message, model=model, machine=machine, simulated=True)
+    model = results.settings["model"]
+    save_plot(figure, path, message=message, model=model, machine=results.machine, simulated=True)

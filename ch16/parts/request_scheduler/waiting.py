@@ -22,11 +22,7 @@ class WaitingHeap:
         self.live += 1
 
     def first(self) -> Any:
-        """The request that comes first and still waits.
-
-        Raises:
-            IndexError: no request waits.
-        """
+        """The request that comes first and still waits; an IndexError if none does."""
         while (item := self._entries[0][2]).state != "waiting":
             heapq.heappop(self._entries)
         return item

@@ -14,9 +14,7 @@ CHAPTER_SHAPE, CPU_SHAPE = "deepseek-coder-33b", "small-moe"  # random weights: 
 
 def parse(doc: str, parse_layout: Callable[[str], object]) -> argparse.Namespace:
     """The flags; `parse_layout` is the type of a layout."""
-    parser = cli.standard_parser(
-        doc, model_help=f"default: random weights, of {CHAPTER_SHAPE} on GPUs, of {CPU_SHAPE} on a CPU"
-    )
+    parser = cli.standard_parser(doc, f"default: random weights, of {CHAPTER_SHAPE} on GPUs, of {CPU_SHAPE} on a CPU")
     parser.set_defaults(model=None)
     models.dummy_weights_flag(parser)
     parser.add_argument("--quantization", choices=("auto", "fp8", "none"), default="auto", help="auto: FP8 if native")

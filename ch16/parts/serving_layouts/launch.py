@@ -83,12 +83,9 @@ def words_tokenizer(model: Model) -> str:
 
 @contextlib.contextmanager
 def running(commands: Sequence[Command], folder: Path) -> Iterator[tuple[ServerProcess, list[ServerProcess]]]:
-    """The gateway and the replicas, all ready; stopped at the end.
+    """The gateway and the replicas, all ready; stopped at the end. CannotRun: one of them did not start.
 
     On GPUs the first replica starts alone: the others find what it compiled in vLLM's cache.
-
-    Raises:
-        CannotRun: one of them did not start.
     """
     allow_many_connections()
     replicas = [ServerProcess([sys.executable, *command.words], folder, command.env) for command in commands]

@@ -1,22 +1,49 @@
-"""Before anything slow: do these models go together, and is there room for prompt, answer and draft?"""
+"""Before anything slow: how much to measure, do these models go together, and is there room for their answers?"""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ch16.parts.speculative_decoding.sizes import SpeculationSizes
-from ch16.parts.speculative_decoding.texts import TASKS, prompts
+from ch16.parts.speculative_decoding.texts import TASKS, Texts, prompts
 from common.cli import CannotRun, first_line
+from common.gpu import Machine
 from common.models import Model
 from common.text import load_model
 
-Texts = dict[str, list[list[int]]]  # prompts by the name of the text, as token ids
+
+@dataclass(frozen=True)
+class SpeculationSizes:
+    """Tasks per text and tokens per answer, for vLLM and for the loop; gammas and batches to try; rounds."""
+
+    tasks: int
+    tokens: int
+    loop_tasks: int
+    loop_tokens: int
+    gammas: tuple[int, ...]
+    batches: tuple[int, ...]
+    rounds: int  # at batch 1
+    rounds_together: int  # at larger batches, which are averages already
+
+
+def least_tokens(gamma: int) -> int:
+    """Tokens of an answer that has room for more than one draft of `gamma` and the token after it."""
+    return gamma + 2
+
+
+def sizes_for(machine: Machine, quick: bool, tokens: int | None, gamma: int) -> SpeculationSizes:
+    """A few seconds per figure; `gamma` is among those tried, and answers have room for it."""
+    if quick:
+        sizes = SpeculationSizes(2, 24, 1, 24, (1, 4, 8), (1, 16), 1, 1)
+    elif machine.device == "cuda":
+        sizes = SpeculationSizes(4, 128, 4, 64, (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32, 64, 128, 256), 5, 3)
+    else:
+        sizes = SpeculationSizes(4, 64, 2, 64, (1, 2, 4, 8, 16), (1, 4, 16, 64), 2, 1)
+    tokens, loop_tokens = (max(least_tokens(gamma), tokens or usual) for usual in (sizes.tokens, sizes.loop_tokens))
+    gammas = tuple(sorted({*sizes.gammas, gamma}))
+    return replace(sizes, tokens=tokens, loop_tokens=loop_tokens, gammas=gammas)
 
 
 def checked_texts(model: Model, draft: Model | None, sizes: SpeculationSizes) -> Texts:
-    """The tasks, as token ids of the model.
-
-    Raises:
-        CannotRun: the draft does not fit the model, or an answer has no room in the context.
-    """
+    """The tasks, as token ids; CannotRun where the draft does not fit the model, or an answer the context."""
     check_rollback(model)
     tokenizer = load_tokenizer(model)
     texts = {name: prompts(tokenizer, tasks[: sizes.tasks]) for name, tasks in TASKS.items()}
@@ -35,11 +62,7 @@ def context_needed(texts: Texts, sizes: SpeculationSizes) -> int:
 
 
 def load_tokenizer(model: Model) -> Any:
-    """The tokenizer of a model.
-
-    Raises:
-        CannotRun: transformers cannot load it.
-    """
+    """The tokenizer of a model; CannotRun where transformers cannot load it."""
     from transformers import AutoTokenizer
 
     try:
@@ -49,29 +72,20 @@ def load_tokenizer(model: Model) -> Any:
 
 
 def check_rollback(model: Model) -> None:
-    """Whether the KV cache of a model can be cut at any token.
-
-    Raises:
-        CannotRun: it has layers whose state cannot (sliding windows, linear attention).
-    """
+    """CannotRun where a model has layers whose cache cannot be cut at any token (sliding windows, linear attention)."""
     kinds = set(model.config.get("layer_types") or ()) - {"full_attention"}
     if kinds:
         raise CannotRun(f"the cache of {model.name} cannot be rolled back: it has layers of {', '.join(sorted(kinds))}")
 
 
 def check_draft(target: Model, draft: Model) -> None:
-    """Whether one model can draft for another.
-
-    Raises:
-        CannotRun: other tokens, or a larger model.
-    """
+    """CannotRun where one model cannot draft for another: it has other tokens, or is larger."""
     check_rollback(draft)
     same = load_tokenizer(draft).get_vocab() == load_tokenizer(target).get_vocab()
     if not same or draft.vocab_size != target.vocab_size:
         raise CannotRun(f"{draft.name} cannot draft for {target.name}: their tokenizers do not match")
-    sizes = [sum(p.numel() for p in load_model(model, "meta")[0].parameters()) / 1e6 for model in (target, draft)]
-    if sizes[1] > sizes[0]:
-        raise CannotRun(
-            f"{draft.name} is larger than {target.name}, {sizes[1]:,.0f} million parameters against "
-            f"{sizes[0]:,.0f}: it would draft slower than the target decodes"
-        )
+    networks = [load_model(model, "meta")[0] for model in (target, draft)]
+    of_target, of_draft = (sum(p.numel() for p in network.parameters()) / 1e6 for network in networks)
+    if of_draft > of_target:
+        than = f"{target.name}, {of_draft:,.0f} million parameters against {of_target:,.0f}"
+        raise CannotRun(f"{draft.name} is larger than {than}: it would draft slower than the target decodes")

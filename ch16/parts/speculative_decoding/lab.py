@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from ch16.parts.speculative_decoding.cached import CachedModel
-from ch16.parts.speculative_decoding.drafts import ModelDraft, NgramDraft, first_layers
+from ch16.parts.speculative_decoding.drafts import CachedModel, ModelDraft, NgramDraft, first_layers
 from ch16.parts.speculative_decoding.tables import gamma_rows, theory_row
+from ch16.parts.speculative_decoding.texts import Texts
 from ch16.parts.speculative_decoding.theory import Counts
 from ch16.parts.speculative_decoding.waves import DecodedWave, LoopPass, TokenLists, compare, count, joined, timed
 from common.timing import measure, measure_together
@@ -29,23 +30,23 @@ class LoopConfig:
 
 
 PLAIN = LoopConfig("plain decoding")
-# The script's loop: the passes that answer one request, of (network, config, prompt, tokens out, seed).
-Answer = Callable[[nn.Module, LoopConfig, Sequence[int], int, int], Iterable[LoopPass]]
+# The script's loop: the passes that answer one request, of (network, config, prompt).
+Answer = Callable[[nn.Module, LoopConfig, Sequence[int]], Iterable[LoopPass]]
 
 
 def ngram_drafts(network: nn.Module, gamma: int) -> LoopConfig:
     """Drafts that are looked up in the context."""
-    return LoopConfig("n-gram", lambda: NgramDraft(network.config.vocab_size), gamma)
+    return LoopConfig("n-gram", partial(NgramDraft, network.config.vocab_size), gamma)
 
 
 def run_configs(
-    answer: Answer, network: nn.Module, configs: Sequence[LoopConfig], requests: TokenLists, tokens_out: int, seed: int
+    answer: Answer, network: nn.Module, configs: Sequence[LoopConfig], requests: TokenLists
 ) -> tuple[dict[LoopConfig, DecodedWave], dict[LoopConfig, Counts]]:
     """Each request with each config, in turn, so that a busy machine disturbs all alike."""
     waves, passes = {config: [] for config in configs}, {config: [] for config in configs}
     turns = [(prompt, config) for prompt in requests for config in configs]
     for prompt, config in tqdm(turns, desc="our loop", leave=False, disable=None):
-        wave, after_first = timed(answer(network, config, prompt, tokens_out, seed))
+        wave, after_first = timed(answer(network, config, prompt))
         waves[config].append(wave)
         passes[config] += after_first
     return {config: joined(waves[config]) for config in configs}, {config: count(passes[config]) for config in configs}
@@ -78,7 +79,7 @@ def pass_seconds(network: nn.Module, prompt: Sequence[int], gammas: Sequence[int
         int(p[-1].argmax())  # waits for the device
         model.rollback(len(prompt) - 1)
 
-    works = {f"{gamma}": lambda gamma=gamma: one_pass(gamma) for gamma in (0, *gammas)}
+    works = {f"{gamma}": partial(one_pass, gamma) for gamma in (0, *gammas)}
     timings = measure_together(works, **TIMING[network.device.type])
     return {int(gamma): timing.median for gamma, timing in timings.items()}
 
@@ -91,53 +92,40 @@ def draft_seconds(config: LoopConfig, prompt: Sequence[int], device: torch.devic
 
 
 def measure_drafts(
-    answer: Answer,
-    network: nn.Module,
-    smaller: nn.Module | None,
-    texts: Mapping[str, TokenLists],
-    tokens_out: int,
-    gamma: int,
-    gammas: Sequence[int],
-    seed: int,
+    answer: Answer, network: nn.Module, smaller: nn.Module | None, texts: Texts, gamma: int, gammas: Sequence[int]
 ) -> tuple[list[dict], list[dict], list[dict]]:
     """Rows of LOOP_COLUMNS, GAMMA_COLUMNS and THEORY_COLUMNS.
 
-    Args:
-        answer: the loop.
-        smaller: a model to draft with, beside the n-grams and the target's own first layers.
-        texts: prompts of the "copying" and the "free" text.
-        gammas: to try with n-grams on copying text; `gamma` is one of them.
+    Drafts are the n-grams, the target's own first layers, and the `smaller` model. On copying text n-grams try all
+    `gammas`, of which `gamma` is one.
     """
     ngram = ngram_drafts(network, gamma)
     ngrams = [replace(ngram, gamma=tried) for tried in gammas]
     sampled = replace(ngram, how="n-gram, temperature 1", temperature=1.0)
     layers = network.config.num_hidden_layers
     kept = max(1, round(LAYERS_PART * layers))
-    short = first_layers(network, kept)
-    models = [LoopConfig(f"{kept} of {layers} layers", lambda: ModelDraft(short), LAYERS_GAMMA)]
+    models = [LoopConfig(f"{kept} of {layers} layers", partial(ModelDraft, first_layers(network, kept)), LAYERS_GAMMA)]
     if smaller is not None:
-        models.append(LoopConfig("smaller model", lambda: ModelDraft(smaller), gamma))
+        models.append(LoopConfig("smaller model", partial(ModelDraft, smaller), gamma))
 
     rows, theory = [], []
     seconds = pass_seconds(network, texts["copying"][0], sorted({*gammas, LAYERS_GAMMA}))
     costs = {drafted: taken / seconds[0] for drafted, taken in seconds.items() if drafted}
     for text, configs in (("copying", [PLAIN, *ngrams, sampled, *models]), ("free", [PLAIN, ngram, *models])):
-        waves, counts = run_configs(answer, network, configs, texts[text], tokens_out, seed)
+        waves, counts = run_configs(answer, network, configs, texts[text])
         rows += loop_rows(network, text, texts[text], waves)
         speedups = {config: wave.tokens_per_s / waves[PLAIN].tokens_per_s for config, wave in waves.items()}
         for config in (ngram, *models):
             draft_cost = draft_seconds(config, texts[text][0], network.device) / seconds[0]
-            described = f"our loop, {config.how}", text, config.gamma, counts[config]
-            theory.append(theory_row(*described, costs[config.gamma], draft_cost, speedups[config]))
+            row = theory_row(counts[config], config.gamma, costs[config.gamma], speedups[config], draft_cost)
+            theory.append({"how": f"our loop, {config.how}", "text": text, **row})
         if text == "copying":
             by_gamma = gamma_rows({config.gamma: speedups[config] for config in ngrams}, counts[ngram], costs)
     return rows, by_gamma, theory
 
 
-def exact_rows(
-    answer: Answer, network: nn.Module, requests: TokenLists, tokens_out: int, gamma: int, seed: int
-) -> list[dict]:
+def exact_rows(answer: Answer, network: nn.Module, requests: TokenLists, gamma: int) -> list[dict]:
     """Rows of LOOP_COLUMNS in FP32, where no two tokens tie: n-grams on copying text. The network stays in FP32."""
     exact = network.float()
-    waves, _ = run_configs(answer, exact, [PLAIN, ngram_drafts(exact, gamma)], requests, tokens_out, seed)
+    waves, _ = run_configs(answer, exact, [PLAIN, ngram_drafts(exact, gamma)], requests)
     return loop_rows(exact, "copying", requests, waves)

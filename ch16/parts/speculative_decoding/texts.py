@@ -84,6 +84,7 @@ FREE = (
     ("Write a letter to a friend who is moving to another country.", ""),
 )
 TASKS = {"copying": COPYING, "free": FREE}
+Texts = dict[str, list[list[int]]]  # prompts by the name of the text, as token ids
 
 
 def prompts(tokenizer: Any, tasks: Sequence[tuple[str, str]]) -> list[list[int]]:

@@ -1,6 +1,5 @@
 """Tokens per pass and speed-up, predicted. Formulas of Leviathan et al., arXiv 2211.17192, section 3."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -36,8 +35,7 @@ class Counts:
 def expected_tokens(alpha: float, gamma: int) -> float:
     """Tokens of a pass that verifies `gamma` drafted ones: (1 - alpha^(gamma + 1)) / (1 - alpha), equation 1.
 
-    Raises:
-        ValueError: alpha is not a probability, or gamma is negative.
+    ValueError where alpha is not a probability, or gamma is negative.
     """
     if not 0 <= alpha <= 1 or gamma < 0:
         raise ValueError(f"alpha {alpha}, gamma {gamma}")
@@ -50,18 +48,8 @@ def speedup(
     """Tokens/s over those of plain decoding.
 
     Theorem 3.8 of the paper, without its assumptions that verifying costs no more than decoding, and that every pass
-    has a draft.
-
-    Args:
-        verify_cost: a pass over gamma + 1 tokens, in decode steps of the target.
-        draft_cost: a drafted token, in decode steps.
-        share: passes with a draft over all passes.
-        idle_cost: a pass without a draft, in decode steps: an engine with speculation may take longer for it.
+    has a draft: a `share` of them has. In decode steps of the target, a pass over gamma + 1 tokens takes `verify_cost`,
+    a drafted token `draft_cost`, a pass without a draft `idle_cost` (more than 1 in some engines with speculation).
     """
     tokens = share * expected_tokens(alpha, gamma) + 1 - share
     return tokens / (share * (verify_cost + gamma * draft_cost) + (1 - share) * idle_cost)
-
-
-def best_gamma(alpha: float, verify_costs: Mapping[int, float], draft_cost: float = 0.0, share: float = 1.0) -> int:
-    """The draft length with the largest `speedup`, among those in `verify_costs`."""
-    return max(verify_costs, key=lambda gamma: speedup(alpha, gamma, verify_costs[gamma], draft_cost, share))

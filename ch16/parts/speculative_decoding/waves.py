@@ -35,14 +35,10 @@ class DecodedWave:
         return sum(sum(new) for _, new in self.steps) / self.passes
 
     def step_seconds(self, gave_more: bool | None = None) -> float | None:
-        """Mean of the steps; None if there are none.
+        """Mean of all steps, or of those that `gave_more` than one token to a request (or not); None if there are none.
 
-        Not the median: it has to explain a sum of steps, and an engine that schedules ahead returns them in uneven
-        gaps.
-
-        Args:
-            gave_more: True for steps that gave a request more than one token, and so verified a draft; False for steps
-                that gave one token: they had no draft, or its first token was rejected.
+        Steps that gave more verified a draft; the others had none, or its first token was rejected. Not the median: it
+        has to explain a sum of steps, and an engine that schedules ahead returns them in uneven gaps.
         """
         seconds = [seconds for seconds, new in self.steps if gave_more in (None, max(new) > 1)]
         return fmean(seconds) if seconds else None
@@ -103,14 +99,10 @@ def count(passes: Sequence[LoopPass]) -> Counts:
 def compare(
     prompts: TokenLists, plain: TokenLists, other: TokenLists, gap: Callable[[Sequence[int], int, int], float]
 ) -> dict[str, object]:
-    """How many answers are the same, token for token, and how close the choice was where they differ.
+    """How many answers are the `same`, token for token ("3 of 4"), and the largest `gap` where they differ.
 
-    Args:
-        prompts: of the answers, in turn where there are more answers.
-        gap: of (the tokens so far, two next tokens): the difference of their log-probabilities.
-
-    Returns:
-        `same`, as "3 of 4", and `gap`, the largest; None if all are the same.
+    `prompts` are those of the answers, in turn where there are more answers. `gap` gives, for the tokens so far and two
+    next ones, the difference of their log-probabilities; the largest is None if all answers are the same.
     """
     gaps = []
     for i, (expected, found) in enumerate(zip(plain, other, strict=True)):

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ch16.parts.autoscaling.records import DRAINING, REPLICA, SERVING, as_requests
+from ch16.parts.autoscaling.records import DRAINING, REPLICA, SERVING, SLOT, as_requests
 from ch16.parts.autoscaling.replica import advance
 from common.traces import Arrival
 
 # Seconds that binary numbers hold exactly: a jump over many steps ends where the steps do.
-BASE_S, SEQUENCE_S, PROMPT_TOKEN_S = 1 / 16, 1 / 64, 1 / 256
+COSTS = BASE_S, SEQUENCE_S, PROMPT_TOKEN_S = 1 / 16, 1 / 64, 1 / 256
 
 
 class StepByStep:
@@ -83,11 +83,11 @@ def test_jumps_give_the_times_of_single_steps(trace, slots, ready_s, cuts):
     ready_s = [0.0, *ready_s]
     replicas = np.zeros(len(ready_s), REPLICA)
     replicas["state"], replicas["ready_s"] = SERVING, ready_s
-    leave, names = np.zeros((2, len(ready_s), slots), np.int64)
+    places = np.zeros((len(ready_s), slots), SLOT)
     stops = [*np.linspace(0, requests["at_s"][-1] + 1, cuts), math.inf]
     sent = 0
     for stop, slow in zip(stops, step_by_step(twin, slots, ready_s, stops), strict=True):
-        sent = advance(replicas, leave, names, requests, sent, BASE_S, SEQUENCE_S, PROMPT_TOKEN_S, stop)
+        sent = advance(replicas, places, requests, sent, COSTS, stop)
         for ours, theirs in zip(replicas, slow, strict=True):
             assert (ours["running"], ours["waiting"]) == (len(theirs.running), len(theirs.waiting))
             assert ours["held"] + ours["step"] * ours["running"] == theirs.tokens(twin)
@@ -100,11 +100,11 @@ def test_a_replica_that_drains_takes_no_more_and_ends_what_it_has():
     requests = requests_of([(0, 1, 50), (0, 1, 50), (0, 1, 50), (32, 1, 1)])
     replicas = np.zeros(2, REPLICA)
     replicas["state"] = SERVING
-    leave, names = np.zeros((2, 2, 1), np.int64)
-    sent = advance(replicas, leave, names, requests, 0, BASE_S, SEQUENCE_S, PROMPT_TOKEN_S, 0.5)
+    places = np.zeros((2, 1), SLOT)
+    sent = advance(replicas, places, requests, 0, COSTS, 0.5)
     assert sent == 3 and list(replicas["running"] + replicas["waiting"]) == [2, 1]
     replicas["state"][1] = DRAINING  # the one with less to do
-    advance(replicas, leave, names, requests, sent, BASE_S, SEQUENCE_S, PROMPT_TOKEN_S, math.inf)
+    advance(replicas, places, requests, sent, COSTS, math.inf)
     assert (requests["last_s"] > 0).all()
     assert requests["first_s"][3] > requests["last_s"][2]  # behind the others at the one that serves
 
@@ -117,6 +117,6 @@ def test_a_full_replica_keeps_the_rate_that_costs_foretell(slots):
     requests = as_requests([Arrival(0.0, 20, 30)] * count)
     replicas = np.zeros(1, REPLICA)
     replicas["state"] = SERVING
-    leave, names = np.zeros((2, 1, slots), np.int64)
-    advance(replicas, leave, names, requests, 0, BASE_S, SEQUENCE_S, PROMPT_TOKEN_S, math.inf)
+    places = np.zeros((1, slots), SLOT)
+    advance(replicas, places, requests, 0, COSTS, math.inf)
     assert requests["last_s"].max() == pytest.approx(count * costs.slot_s(slots, 20, 30), rel=1e-9)

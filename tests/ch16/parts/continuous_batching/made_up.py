@@ -21,11 +21,11 @@ def stream_runs(itl_ms, seconds=1.0):
 def disturbed_rows(chunked_ms, separate_ms, chunked_s=1.0):
     return interference_rows(
         {
-            PrefillMode(NONE, "2 cores", prompts=False): stream_runs(10),
+            PrefillMode(NONE, "2 cores"): stream_runs(10),
             PrefillMode(WHOLE, "2 cores"): stream_runs(100),
             PrefillMode(CHUNKED, "2 cores", 64): stream_runs(chunked_ms, chunked_s),
             PrefillMode(CHUNKED, "2 cores", 128): stream_runs(60),
-            PrefillMode(NONE, "1 of 2 cores", prompts=False, half=True): stream_runs(15),
-            PrefillMode(SEPARATE, "1 + 1 cores", half=True, separate=True): stream_runs(separate_ms),
+            PrefillMode(NONE, "1 of 2 cores", half=True): stream_runs(15),
+            PrefillMode(SEPARATE, "1 + 1 cores", half=True): stream_runs(separate_ms),
         }
     )

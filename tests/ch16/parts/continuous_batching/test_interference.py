@@ -3,7 +3,7 @@
 import pytest
 
 from ch16.parts.continuous_batching.interference import CHUNKED, NONE, WHOLE, prefill_modes
-from ch16.parts.continuous_batching.sizes import Traffic
+from ch16.parts.continuous_batching.workload import Traffic
 from common.gpu import Machine
 
 TRAFFIC = Traffic(streams=3, tokens=20, prompt=60, every=5, budgets=(33, 13), rounds=1)

@@ -41,7 +41,7 @@ def test_cores_and_threads_are_given_back():
     runtimes = separate._openmp()
     threads = [runtime.omp_get_max_threads() for runtime in runtimes]
     assert runtimes and max(threads) == torch.get_num_threads()
-    with pytest.raises(RuntimeError), on_half_the_cores(CPU):
+    with pytest.raises(RuntimeError), on_half_the_cores():
         assert os.sched_getaffinity(0) == half
         assert {runtime.omp_get_max_threads() for runtime in runtimes} == {torch.get_num_threads()} == {len(half)}
         raise RuntimeError
@@ -96,7 +96,7 @@ def test_an_engine_that_does_not_start_says_so(monkeypatch, on_gpus):
     engine = PrefillEngine.__new__(PrefillEngine)
     engine._pipe = Pipe(*pipe.answers)
     with pytest.raises(CannotRun, match="the prefill engine: vLLM did not start: no memory"):
-        engine.wait_ready()
+        engine.wait()
 
 
 def test_only_a_process_with_vllm_and_one_thread_is_forked(monkeypatch):
@@ -115,7 +115,7 @@ def test_a_forked_process_ends_with_the_script(monkeypatch):
     monkeypatch.setattr(separate, "_should_fork", lambda: True)
     monkeypatch.setattr(separate, "start_engine", lambda settings: (None, 0.0))
     with PrefillEngine({}, CPU) as engine:
-        engine.wait_ready()
+        engine.wait()
         engine._pipe.close()
         engine._process.join(60)
         assert engine._process.exitcode == 0
@@ -125,5 +125,5 @@ def test_a_process_that_ends_is_noticed():
     with PrefillEngine({"model": "/nowhere", "tensor_parallel_size": 1}, CPU) as engine:
         os.kill(engine._process.pid, signal.SIGKILL)
         with pytest.raises(CannotRun, match="process ended"):
-            engine.wait_ready()
+            engine.wait()
     assert not engine._process.is_alive()

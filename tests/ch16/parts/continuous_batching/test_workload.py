@@ -1,4 +1,4 @@
-"""Lengths of answers by their distribution; the same requests for the same seed."""
+"""Sizes fit the engine and each other; lengths of answers by their distribution; the same requests for one seed."""
 
 import dataclasses
 
@@ -7,10 +7,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ch16.parts.continuous_batching.bounds import bound
-from ch16.parts.continuous_batching.sizes import AdmissionLoad, Traffic
-from ch16.parts.continuous_batching.workload import geometric_lengths, traffic_requests
+from ch16.parts.continuous_batching.workload import (
+    AdmissionLoad,
+    Traffic,
+    geometric_lengths,
+    sizes_for,
+    traffic_requests,
+)
+from common.gpu import Machine
 
+CPU = Machine("cpu", "a CPU", 1, 2**40, 2, None, True, False)
+H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", 1, 80 * 2**30, 16, (9, 0), True, True)
 TRAFFIC = Traffic(streams=3, tokens=20, prompt=60, every=5, budgets=(33, 13), rounds=1)
+
+
+@pytest.mark.parametrize("machine", [CPU, H100])
+@pytest.mark.parametrize("quick", [True, False])
+def test_sizes_fit_together(machine, quick):
+    sizes = sizes_for(machine, quick)
+    traffic = sizes.traffic
+    assert sizes.budget >= max(traffic.prompt + traffic.streams, sizes.prefill.batches[-1] * sizes.prefill.tokens)
+    assert sizes.context <= sizes.max_model_len and sizes.load.requests % sizes.load.slots == 0
+    assert max(traffic.streams, sizes.load.slots) <= sizes.decode.batches[-1] < sizes.budget
+    assert traffic.every <= 100  # more than one of a hundred gaps is disturbed: P99 sees it
+    assert traffic.prompts >= 3 and traffic.streams < min(traffic.budgets) < max(traffic.budgets) < traffic.prompt
 
 
 @given(st.integers(0, 100))

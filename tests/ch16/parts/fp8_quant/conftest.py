@@ -2,7 +2,7 @@
 
 import pytest
 
-from ch16.parts.fp8_quant.emulated import fast_bf16
+from ch16.parts.fp8_quant.precision import fast_bf16
 from common.gpu import detect
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ch16.fp8_quant import FP8TransformerBlock, FP8TransformerModel, recipes
-from ch16.parts.fp8_quant import gemm
+from ch16.parts.fp8_quant.blocks import measure_gemm, measure_stack
 from ch16.parts.fp8_quant.precision import (
     calibrate,
     held_bytes,
@@ -13,7 +13,6 @@ from ch16.parts.fp8_quant.precision import (
     transformer_engine,
 )
 from ch16.parts.fp8_quant.sizes import Fp8Sizes
-from ch16.parts.fp8_quant.stack import measure_stack
 from common.gpu import detect
 from common.timing import graphed
 
@@ -122,5 +121,5 @@ def test_stack_and_product_rows(te, recipe):
     assert 0.4 < memory["weight_ratio"] < 0.56 and memory["fp8_peak_mb"] < memory["bf16_peak_mb"]
     assert [row["phase"] for row in rows] == ["prefill", "decode, CUDA graph"]
     assert all(row["fp8_tokens_per_s"] > 0 for row in rows)
-    row = gemm.measure_gemm("x", 256, 512, 40, [precision], machine, 2)  # 40 tokens: padded to 48
+    row = measure_gemm("x", 256, 512, 40, [precision], machine, 2)  # 40 tokens: padded to 48
     assert row["tokens"] == 40 and row["limit"] > 0 and row["speedup"] == row[recipe] / row["BF16"]

@@ -132,19 +132,19 @@ def test_names_in_a_table(name, short):
 
 def profile_of(seconds, kernels=()):
     span = Event("decode", 10.0, 12.0, 1)
-    return Profile(Trace([], list(kernels), [span], []), {"decode": seconds})
+    return Profile.of(Trace([], list(kernels), [span], []), {"decode": seconds})
 
 
 def test_parts_that_do_not_sum_to_the_wall_time():
-    assert profile_of(2.03).parts()["decode"][GAPS] == 2.0
+    assert profile_of(2.03).checked_parts()["decode"][GAPS] == 2.0
     for seconds in (2.1, 1.9):
         with pytest.raises(CannotRun, match="the parts of decode sum to"):
-            profile_of(seconds).parts()
+            profile_of(seconds).checked_parts()
 
 
 def test_work_of_the_device_outside_the_phases():
     """A kernel before the first phase is warm-up; one after the last belongs to it and was not waited for."""
     inside, before, after = Event("nvjet", 10.5, 11.5), Event("nvjet", 8, 9), Event("nvjet", 12, 12.5)
-    assert profile_of(2.0, [before, inside]).parts()["decode"]["matrix products"] == 1.0
+    assert profile_of(2.0, [before, inside]).checked_parts()["decode"]["matrix products"] == 1.0
     with pytest.raises(CannotRun, match=r"the device worked 1\.5000 s, but only 1\.0000 s are in the phases"):
-        profile_of(2.0, [inside, after]).parts()
+        profile_of(2.0, [inside, after]).checked_parts()

@@ -1,11 +1,12 @@
 import pytest
 
-from ch16.inference_profiling import verdict
+from ch16.inference_profiling import NEAR_PERCENT, verdict
 from ch16.parts.inference_profiling.attribution import KINDS
 from ch16.parts.inference_profiling.tables import (
     KIND_KEYS,
     ProfiledRun,
     bounds_rows,
+    claim,
     cost_row,
     gap_share,
     kinds_row,
@@ -51,3 +52,21 @@ def test_a_launch_mode_is_judged_per_step():
     row = modes_row({"what": "x", "ms": 200.0, "idle_percent": 25.0, "verdict": "v"}, 10, 2.0, 0.015, 9, 3.0)
     assert (row["step_ms"], row["busy_ms"], row["over_eager"], row["error_percent"]) == (20.0, 15.0, 2.0, 1.5)
     assert (row["what"], row["verdict"], row["same"], row["prepare_s"]) == ("x", "v", 9, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "expected"),
+    [
+        ("compute-bound", "memory-bound", "holds"),
+        ("compute-bound", "launch-bound", "holds"),
+        ("memory-bound", "memory-bound", "fails"),
+        ("compute-bound", "compute-bound", "fails"),
+    ],
+)
+def test_the_claim(prefill, decode, expected):
+    shares = {"compute_percent": 50.0, "memory_percent": 9.0, "idle_percent": 3.0}
+    rows = [{"what": "prefill", "verdict": prefill, **shares}, {"what": "decode", "verdict": decode, **shares}]
+    found = claim(rows, NEAR_PERCENT)
+    tiny = [row | {"compute_percent": 4.0, "memory_percent": 1.0} for row in rows]
+    assert claim(tiny, NEAR_PERCENT).verdict == ("n/a" if "launch" not in prefill else expected)
+    assert found.verdict == expected and f"decode is {decode}: 50% of the compute limit" in found.measured

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ch16.load_balancer import POLICIES, LoadBalancer
 from ch16.parts.load_balancer.breaker import NoServer
-from ch16.parts.load_balancer.discovery import addresses
+from ch16.parts.load_balancer.flags import addresses
 from ch16.parts.load_balancer.gateway import Gateway, GatewayLimits
 from common.server import ServerProcess, listen
 from common.standin import standin_command

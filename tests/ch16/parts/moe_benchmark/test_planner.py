@@ -8,7 +8,6 @@ from ch16.parts.moe_benchmark.planner import (
     Workload,
     fits,
     gpus_needed,
-    gpus_text,
     link_between_gpus,
     memory_per_rank,
     predict,
@@ -86,9 +85,10 @@ def test_gpus_needed():
         {"gpus": 2, "fits": "yes", "tokens_per_s": 1500.0},
         {"gpus": 4, "fits": "yes", "tokens_per_s": 2500.0},
     ]
-    assert gpus_needed(rows, 800) == 2 and gpus_needed(rows, 1501) == 4 and gpus_needed(rows, 3000) is None
-    assert [gpus_text(1, 8), gpus_text(4, 8)] == ["1 GPU", "4 GPUs"]
-    assert [gpus_text(None, 1), gpus_text(None, 8)] == ["more than 1 GPU", "more than 8 GPUs"]
+    assert [gpus_needed(rows, target) for target in (800, 1501, 3000)] == ["2 GPUs", "4 GPUs", "more than 4 GPUs"]
+    assert [gpus_needed(rows[:1], 800), gpus_needed(rows[1:], 1500)] == ["more than 1 GPU", "2 GPUs"]
+    assert gpus_needed([{"gpus": 1, "fits": "yes", "tokens_per_s": 900.0}], 900) == "1 GPU"
+    assert gpus_needed([rows[0] | {"gpus": 8}], 800) == "more than 8 GPUs"
 
 
 @pytest.mark.parametrize(

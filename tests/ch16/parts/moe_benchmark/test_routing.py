@@ -6,16 +6,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ch16.parts.moe_benchmark.experts import Routing
+from ch16.moe_benchmark import grouped
+from ch16.parts.moe_benchmark import routing as module
+from ch16.parts.moe_benchmark.experts import Experts, ExpertSizes, Routing
 from ch16.parts.moe_benchmark.routing import (
     PATTERNS,
     expert_load,
     load_balance,
     make_routing,
+    measure_patterns,
     rank_load,
+    rank_part,
     rows_exchanged,
 )
 from common.cli import CannotRun
+from common.timing import Timing
 
 
 @given(st.sampled_from(PATTERNS), st.integers(1, 60), st.integers(1, 20), st.data())
@@ -101,3 +106,48 @@ def test_bad_input(arguments, error):
 def test_no_load_has_no_balance(load):
     with pytest.raises(ValueError):
         load_balance(load)
+
+
+@given(st.sampled_from(PATTERNS), st.sampled_from([1, 2, 4, 8]), st.integers(1, 40))
+def test_parts_of_all_ranks_add_up_to_the_layer(pattern, ranks, tokens):
+    torch.manual_seed(tokens)
+    experts = Experts.random(ExpertSizes(16, 8, 8, gated=True), dtype=torch.float32)
+    x, routing = torch.randn(tokens, 16), make_routing(pattern, tokens, 8, 3, seed=tokens)
+    total, rows = torch.zeros(tokens, 16), 0
+    for rank in range(ranks):
+        owner, local = rank_part(routing, 8, rank, ranks)
+        shard = experts.part(rank * 8 // ranks, 8 // ranks)
+        rows += len(owner)
+        if len(owner):
+            global_expert = local.experts + rank * 8 // ranks
+            weight = (routing.weights[owner] * (routing.experts[owner] == global_expert)).sum(1, keepdim=True)
+            total.index_add_(0, owner, weight * grouped(x[owner], shard, local))
+    assert rows == tokens * 3 and torch.allclose(total, grouped(x, experts, routing), atol=1e-5)
+
+
+def test_ranks_must_divide():
+    with pytest.raises(CannotRun, match="8 experts do not divide by 3 ranks"):
+        rank_part(Routing(torch.zeros(1, 1).long(), torch.ones(1, 1)), 8, 0, 3)
+
+
+@pytest.mark.parametrize("experts", [16, 12])
+def test_rows_of_patterns(experts):
+    """12 experts do not divide by 8 ranks: no figures of ranks then."""
+    x, layer = torch.randn(40, 32, dtype=torch.bfloat16), Experts.random(ExpertSizes(32, 16, experts, gated=True))
+    routings = {name: make_routing(name, 40, experts, 2) for name in PATTERNS}
+    rows = measure_patterns(routings, grouped, x, layer, "cpu", repeats=2)
+    assert [row["pattern"] for row in rows] == list(PATTERNS)
+    assert all(row["ms"] > 0 and sum(row["load"]) == 80 for row in rows)
+    assert rows[0]["cost_percent"] == rows[0]["spread_percent"] == 0 and rows[0]["max_mean"] < rows[2]["max_mean"]
+    assert all(("rank_ms" in row) == (experts == 16) for row in rows)
+
+
+def test_a_cost_knows_how_much_it_differs_from_turn_to_turn(monkeypatch):
+    """Zipf takes 1.1, 1.2, 1.3 times as long as balanced routing in the same turn, whatever the turn itself takes."""
+    took = {"balanced": Timing((1.0, 2.0, 4.0)), "zipf": Timing((1.1, 2.4, 5.2))}
+    monkeypatch.setattr(module, "measure_together", lambda works, *_, **__: took)
+    x, layer = torch.randn(8, 32, dtype=torch.bfloat16), Experts.random(ExpertSizes(32, 16, 12, gated=True))
+    routings = {name: make_routing(name, 8, 12, 2) for name in took}
+    even, zipf = measure_patterns(routings, grouped, x, layer, "cpu", repeats=3)
+    assert (even["cost_percent"], even["spread_percent"]) == (0, 0)
+    assert zipf["cost_percent"] == pytest.approx(20) and zipf["spread_percent"] == pytest.approx(100 * 0.1 / 1.2)

@@ -1,15 +1,29 @@
-"""Which models go together, and whether there is room for the answers."""
+"""How much is measured, which models go together, and whether there is room for the answers."""
 
 import pytest
 
 from ch16.parts.speculative_decoding import checks
-from ch16.parts.speculative_decoding.checks import check_draft, check_rollback, checked_texts, context_needed
-from ch16.parts.speculative_decoding.sizes import sizes_for
+from ch16.parts.speculative_decoding.checks import (
+    check_draft,
+    check_rollback,
+    checked_texts,
+    context_needed,
+    sizes_for,
+)
 from common import models
 from common.cli import CannotRun
 from common.gpu import detect
 from common.models import Model
 from common.text import load_model
+
+
+def test_the_chosen_gamma_is_tried_and_tokens_are_taken():
+    sizes = sizes_for(detect("cpu"), quick=True, tokens=None, gamma=6)
+    assert sizes.gammas == (1, 4, 6, 8) and (sizes.loop_tokens, sizes.tokens) == (24, 24)
+    longer = sizes_for(detect("cpu"), quick=True, tokens=None, gamma=25)
+    assert (longer.loop_tokens, longer.tokens) == (27, 27), "a draft of 25 fits into the answer"
+    assert sizes_for(detect("cpu"), quick=False, tokens=None, gamma=100).tokens == 102
+    assert sizes_for(detect("cpu"), quick=False, tokens=77, gamma=4).loop_tokens == 77
 
 
 class Tokenizer:

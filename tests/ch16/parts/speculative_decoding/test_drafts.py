@@ -1,12 +1,33 @@
-"""Where guesses come from."""
+"""The cache of a model, its distributions at a temperature, and where guesses come from."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ch16.parts.speculative_decoding.drafts import ModelDraft, NgramDraft, first_layers, lookup
+from ch16.parts.speculative_decoding.drafts import (
+    CachedModel,
+    ModelDraft,
+    NgramDraft,
+    first_layers,
+    lookup,
+    to_distributions,
+)
 from tests.ch16.parts.speculative_decoding.tiny import generator, prompt_of, tiny
+
+
+def test_rollback_goes_no_further_than_asked():
+    model = CachedModel(tiny(layers=3, seed=0))
+    model.distributions([1, 2, 3, 4], 1)
+    for length, left in ((9, 4), (4, 4), (2, 2)):
+        model.rollback(length)
+        assert model.cache.get_seq_length() == left
+
+
+def test_temperature():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert to_distributions(logits, 0).tolist() == [[0, 1, 0]]
+    torch.testing.assert_close(to_distributions(logits, 2.0), torch.softmax(logits / 2, -1))
 
 
 @given(st.lists(st.integers(0, 3), max_size=30), st.integers(1, 6), st.integers(1, 4), st.integers(1, 4))

@@ -27,7 +27,7 @@ HEAD = {"num_hidden_layers": 1, "hidden_size": 4096, "vocab_size": 128256}
 
 def test_what_vllm_is_asked_for():
     ngram = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
-    assert speculative_configs(5, TARGET) == {"n-gram": ngram}
+    assert speculative_configs(5, TARGET, None, None) == {"n-gram": ngram}
     small, head = Model("/small", "small", SHAPES["tiny-llama"]), Model("/head", "head", HEAD)
     configs = speculative_configs(5, TARGET, small, head)
     assert list(configs) == ["EAGLE", "smaller model", "n-gram"], "numba last"

@@ -1,5 +1,7 @@
 """The loop measured on a tiny model: every row, what must be so on any machine."""
 
+from functools import partial
+
 import pytest
 
 from ch16.parts.speculative_decoding.drafts import ModelDraft, first_layers
@@ -14,6 +16,7 @@ from ch16.parts.speculative_decoding.lab import (
 from ch16.speculative_decoding import answer
 from tests.ch16.parts.speculative_decoding.tiny import prompt_of, tiny
 
+LOOP = partial(answer, tokens_out=12, seed=0)
 TEXTS = {"copying": [prompt_of(0) * 2, prompt_of(1) * 2], "free": [prompt_of(2)]}
 
 
@@ -23,7 +26,7 @@ def network():
 
 
 def test_all_drafts_are_measured(network):
-    rows, gammas, theory = measure_drafts(answer, network, tiny(layers=1, seed=1), TEXTS, 12, 2, (1, 2, 4), seed=0)
+    rows, gammas, theory = measure_drafts(LOOP, network, tiny(layers=1, seed=1), TEXTS, 2, (1, 2, 4))
     copying = [(row["how"], row["gamma"]) for row in rows if row["text"] == "copying"]
     layers = ("2 of 3 layers", 2)
     assert copying == [
@@ -53,7 +56,7 @@ def test_all_drafts_are_measured(network):
 
 
 def test_in_fp32_answers_are_the_same(network):
-    plain, ngram = exact_rows(answer, network, TEXTS["copying"], 12, 3, seed=0)
+    plain, ngram = exact_rows(LOOP, network, TEXTS["copying"], 3)
     assert plain["how"] == PLAIN.how and ngram["same"] == "2 of 2" and ngram["gap"] is None
 
 

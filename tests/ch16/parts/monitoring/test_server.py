@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ch16.parts.monitoring import engine as module
-from ch16.parts.monitoring.engine import SharedEngine
+from ch16.parts.monitoring import server as module
+from ch16.parts.monitoring.server import SharedEngine
 from common.cli import CannotRun
 
 

@@ -4,7 +4,7 @@
 #   ARGS=...  more flags for the script, e.g. make demo ARGS="--plot load.png"
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve report test test-quick check-docs lint format bench-serving bench-moe bench-gateway \
+.PHONY: help install demo serve report test test-network test-quick check-docs lint format bench-serving bench-moe bench-gateway \
 	bench-load bench-monitoring bench-scheduler bench-cache-monitor bench-fleet record tables lock clean
 
 PY := .venv/bin/python
@@ -25,11 +25,18 @@ serve: install ## the production server on port 8000 (ARGS="--port 9000 ...")
 report: install ## every script in --quick, then report.html: claims, pictures, tables (ARGS="--results results/h100")
 	@$(PY) ch16/report.py $(ARGS)
 
-test: install ## all tests (20 minutes on 2 cores with units for BF16, 31 without)
-	@$(PY) -m pytest $(ARGS)
+# Two processes share the work; on a GPU host one, since each engine takes its share of the GPU.
+WORKERS ?= $(if $(filter gpu,$(shell cat .venv/.stack 2>/dev/null)),0,2)
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile
+
+test: install ## all tests but those that ask a package index
+	@$(PYTEST) -m "not network" $(ARGS)
+
+test-network: install ## the tests that ask a package index: both stacks resolve, a fresh environment runs
+	@$(PY) -m pytest -m network $(ARGS)
 
 test-quick: install ## the tests that start no engine
-	@$(PY) -m pytest -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 check-docs: install ## links, commands, tables, claims and names of the documentation (part of make test)
 	@$(PY) -m pytest tests/test_docs.py tests/test_readme.py $(ARGS)

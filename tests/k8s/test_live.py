@@ -28,10 +28,7 @@ ADAPTER = yaml.safe_load((K8S / "components" / "prometheus-adapter" / "config.ya
 VLLM_PARSES = """
 import json, sys
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-try:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-except ImportError:  # before vLLM 0.30
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
 parser = make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))
 print(json.dumps([vars(parser.parse_args(words)) for words in json.loads(sys.argv[1])], default=str))
 """

@@ -131,13 +131,9 @@ def _end_while_loading(signum: int, _frame: object) -> None:
 
 def _run_vllm(flags: Sequence[str], settings: ServerSettings, listener: socket.socket) -> None:
     import uvloop
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.openai.api_server import run_server_worker
     from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    try:
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    except ImportError:  # before vLLM 0.30
-        from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
 
     parser = make_arg_parser(FlexibleArgumentParser(prog="inference_serving.py --serve"))
     args = parser.parse_args(flags)

@@ -113,7 +113,7 @@ class EventStream:
             socket.connect(self._replay_endpoint)
             socket.send_multipart((b"", self._next.to_bytes(8, "big")))
             while socket.poll(int(1000 * timeout_s)):
-                *_, number_bytes, payload = socket.recv_multipart()  # an empty frame and the topic come first
+                _, _, number_bytes, payload = socket.recv_multipart()  # an empty frame and the topic come first
                 number = int.from_bytes(number_bytes, "big", signed=True)
                 if number == END_OF_REPLAY:
                     return

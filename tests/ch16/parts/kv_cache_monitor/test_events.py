@@ -22,10 +22,9 @@ def stored(*hashes, **more):
     return {"type": "BlockStored", "block_hashes": list(hashes), "block_size": 16, "medium": "GPU"} | more
 
 
-@pytest.fixture(params=["0.24", "0.32"])
-def publisher(tmp_path, request):
-    """`send(number, payload)` publishes; `keep` are the batches that a replay request gets, in two versions' frames."""
-    topic = () if request.param == "0.24" else (b"kv",)
+@pytest.fixture
+def publisher(tmp_path):
+    """`send(number, payload)` publishes; `keep` are the batches that a replay request gets, in vLLM's frames."""
     context = zmq.Context.instance()
     events, replay = f"ipc://{tmp_path}/e", f"ipc://{tmp_path}/r"
     pub, router = context.socket(zmq.PUB), context.socket(zmq.ROUTER)
@@ -40,8 +39,8 @@ def publisher(tmp_path, request):
                 asked.append(int.from_bytes(start, "big"))
                 for number, payload in keep:
                     if number >= asked[-1]:
-                        router.send_multipart((client, b"", *topic, number.to_bytes(8, "big"), payload))
-                router.send_multipart((client, b"", *topic, (-1).to_bytes(8, "big", signed=True), b""))
+                        router.send_multipart((client, b"", b"kv", number.to_bytes(8, "big"), payload))
+                router.send_multipart((client, b"", b"", (-1).to_bytes(8, "big", signed=True), b""))
 
     thread = threading.Thread(target=answer)
     thread.start()

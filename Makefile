@@ -29,7 +29,7 @@ report: install ## every script in --quick, then report.html: claims, pictures, 
 WORKERS ?= $(if $(filter gpu,$(shell cat .venv/.stack 2>/dev/null)),0,2)
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
-test: install ## all tests but those that ask a package index
+test: install ## all tests but those that ask a package index (15 minutes on 2 cores with native BF16)
 	@$(PYTEST) -m "not network" $(ARGS)
 
 test-network: install ## the tests that ask a package index: both stacks resolve, a fresh environment runs

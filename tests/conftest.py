@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each: threads of two engines on the same cores wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from ch16.parts.report.gather import stop  # noqa: E402
+from ch16.parts.report.gather import ends  # noqa: E402
 from ch16.parts.report.processes import fork_server, start  # noqa: E402
 from common.gpu import detect  # noqa: E402
 from tests.ranks import TORCHRUN  # noqa: E402
@@ -77,9 +77,7 @@ def execute(server, folder, program, *words):
     words = [*words, "--json", str(folder / "out.json"), "--plot", str(folder / "out.png")]
     if program == "python3":
         process = start(server, words, out, err)
-        process.join(500)
-        if process.exitcode is None:
-            stop(process)
+        ends(process, 500)
         return process.exitcode
     with open(out, "w") as output, open(err, "w") as errors:
         done = subprocess.run([*TORCHRUN, *words], stdout=output, stderr=errors, cwd=ROOT, timeout=500, check=False)

@@ -1,12 +1,11 @@
 """What inference_serving.py prints: the table of the load, the claims S1 to S4."""
 
-import textwrap
 from collections.abc import Mapping
 
 from common import targets
 from common.gpu import Machine
 from common.models import Model
-from common.results import WIDTH, Column, Verdict, judge, not_applicable
+from common.results import Column, Verdict, judge, not_applicable, wrapped
 
 LOAD_COLUMNS = (
     Column("precision", "precision"),
@@ -29,7 +28,7 @@ def differences(settings: Mapping[str, object], chapter: Mapping[str, object]) -
     names = [name for name in {**chapter, **settings} if name != "model"]
     changed = [f"{name}={settings.get(name)!r}" for name in names if settings.get(name) != chapter.get(name)]
     text = f"engine:  the chapter's settings{', except ' if changed else ''}{', '.join(changed)}"
-    return textwrap.fill(text, WIDTH, subsequent_indent=" " * 9)
+    return wrapped(text, " " * 9)
 
 
 def claims(best: Mapping[str, float], model: Model, machine: Machine, gpus: int) -> list[Verdict]:

@@ -102,12 +102,10 @@ def run_one(server: ForkServerContext, script: Path, folder: Path) -> ScriptRun:
     words = [str(script), "--quick", "--json", str(results), "--plot", str(picture)]
     started = time.perf_counter()
     process = start(server, words, log, log)
-    process.join(LIMIT_S)
-    if process.exitcode is None:
-        error = f"not done after {LIMIT_S} s"
-        stop(process)
-    else:
+    if ends(process, LIMIT_S):
         error = "" if process.exitcode == 0 else last_words(log)
+    else:
+        error = f"not done after {LIMIT_S} s"
     seconds = time.perf_counter() - started
     if not error:
         try:
@@ -117,12 +115,17 @@ def run_one(server: ForkServerContext, script: Path, folder: Path) -> ScriptRun:
     return ScriptRun(script.stem, script.stem, None, None, seconds, error)
 
 
-def stop(process: BaseProcess) -> None:
-    """Interrupt a script, so that it ends what it has started; kill it when it does not."""
+def ends(process: BaseProcess, limit_s: float) -> bool:
+    """Wait for a script: whether it ends in time. If not, it is interrupted, so that it ends what it has started, and
+    killed when it does not."""
+    process.join(limit_s)
+    if process.exitcode is not None:
+        return True
     os.kill(process.pid, signal.SIGINT)
     process.join(CLEAN_UP_S)
     process.kill()
     process.join()
+    return False
 
 
 def last_words(log: Path) -> str:

@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
 from ch16.parts.report.gather import CHAPTER, ScriptRun
+from common.gpu import named
 from common.results import CLAIMS, ROOT, Column
 
 VERDICTS = ("holds", "fails", "n/a", "not measured")
@@ -56,9 +57,9 @@ def card(contents: Sequence[Mapping]) -> dict[str, str]:
         for package, version in content["machine"]["versions"].items():
             versions.setdefault(package, set()).add(version)
     dates = sorted(content["date"] for content in contents)
-    shown = {"machine": f"{machine['name']}, {machine['cores']} cores", "memory": memory}
+    shown = {"machine": named(*(machine[key] for key in ("device", "name", "count", "cores"))), "memory": memory}
     if machine["device"] == "cuda":
-        shown = {"machine": f"{machine['count']} x {machine['name']}", "memory": f"{memory} each"}
+        shown["memory"] += " each"
         shown["CUDA"] = "compute capability " + ".".join(map(str, machine["capability"]))
     peak = machine["peak"]
     shown["BF16"] = limit(machine["native_bf16"], peak["bf16_flops"])

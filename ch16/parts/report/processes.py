@@ -10,20 +10,24 @@ import runpy
 import sys
 import traceback
 from collections.abc import Sequence
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest.mock import patch
 
 from common.gpu import detect
 from common.results import ROOT
 
 
 def fork_server() -> ForkServerContext:
-    """The server's context; it starts with the first script."""
+    """The server's context. The server is started, once per process."""
     context = multiprocessing.get_context("forkserver")
     if detect().device == "cpu":
         context.set_forkserver_preload(["ch16.parts.report.preloaded"])
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    with patch.dict(os.environ, PYTHONPATH=path):  # for the server and its scripts, not for this process
+        forkserver.ensure_running()
     return context
 
 
